@@ -1,0 +1,16 @@
+"""mmdiff: one transformer that reads and writes documents mixing text and raw-patch images.
+
+The heart is `mmdiff.layout` (documents to rows), `mmdiff.training.step` (the loss) and `mmdiff.sampling` (the sampler).
+"""
+
+from mmdiff.document import IMG, DataError, Document, Image, Text
+
+__version__ = "0.1.0"
+__all__ = ["IMG", "DataError", "Document", "Image", "Text", "load"]
+
+
+def load(workdir, *, ema: bool = True):
+    """The model of a run: newest valid checkpoint, EMA weights. See `mmdiff.sampling.generate.Model`."""
+    from mmdiff.sampling.generate import load as load_model
+
+    return load_model(workdir, ema=ema)

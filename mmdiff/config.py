@@ -1,0 +1,408 @@
+"""All configuration, as frozen dataclasses.
+
+An experiment is a Python file with `def config() -> Config`; what differs from the defaults below is what it writes.
+Every field can be overridden on the command line by its dotted name (`--model.width 512`). A value that cannot work is
+refused when the dataclass is made, with the remedy, never at step 1.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work; the message names the field, the value and the remedy."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """The transformer. Two GAU layers cost about one attention + SwiGLU layer."""
+
+    width: int = 256
+    depth: int = 8
+    patch: int = 4
+    """Side of a square patch in pixels; a patch carries 3 * patch^2 values."""
+    block: Literal["gau", "attention"] = "gau"
+    expansion: int = 2
+    """GAU: the gated width is `expansion * width`."""
+    key_width: int = 128
+    """GAU: width of the one shared query/key head."""
+    head_width: int = 64
+    """Attention: width of a head; the number of heads is `width / head_width`."""
+    qk_norm: bool = False
+    rope_base: float = 100.0
+    positions: Literal["centred", "scaled", "corner", "raster"] = "centred"
+    tie_embeddings: bool = False
+    lossless: bool = True
+    """Demand a width that can hold a patch exactly: at least 3 * patch^2."""
+    time_embedding: Literal["smooth", "table"] = "smooth"
+    """`smooth`: low-frequency features of u. `table`: the 1000-entry table of the DDPM schedule."""
+    attention: Literal["auto", "dense", "blockwise"] = "auto"
+    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto`: bfloat16 on accelerators, float32 on CPU. Parameters are always float32."""
+    remat: Literal["none", "full"] = "none"
+    """`full` recomputes each layer in the backward pass: less memory, a third more work."""
+
+    def __post_init__(self):
+        for name in ("width", "depth", "patch", "expansion", "key_width", "head_width"):
+            value = getattr(self, name)
+            _require(value >= 1, f"model.{name}={value} must be at least 1.")
+        values = 3 * self.patch**2
+        if self.lossless:
+            _require(
+                self.width >= values,
+                f"model.width={self.width} cannot hold a {self.patch}x{self.patch} patch losslessly: it needs at least "
+                f"{values} (better {2 * values}). Raise model.width, lower model.patch, or set model.lossless=False.",
+            )
+        if self.block == "gau":
+            _require(
+                self.key_width % 4 == 0,
+                f"model.key_width={self.key_width} must be a multiple of 4: 2-D RoPE turns pairs, half by row, half by "
+                "column. Use 64 or 128.",
+            )
+        else:
+            _require(
+                self.width % self.head_width == 0,
+                f"model.width={self.width} is not a multiple of model.head_width={self.head_width}. Change one of them.",
+            )
+            _require(
+                self.head_width % 4 == 0, f"model.head_width={self.head_width} must be a multiple of 4 for 2-D RoPE."
+            )
+        _require(self.rope_base > 1, f"model.rope_base={self.rope_base} must be above 1.")
+
+    def warnings(self) -> list[str]:
+        """What works but is known to be tight, one line each; printed once when a run starts."""
+        values = 3 * self.patch**2
+        if self.width < values:
+            return [f"model.width={self.width} < {values}: patches are compressed, this model is not lossless."]
+        if self.width < 2 * values:
+            return [f"model.width={self.width} < {2 * values} leaves little room beside a {self.patch}x{self.patch} patch."]
+        return []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How documents become rows (mmdiff/layout.py)."""
+
+    row_length: int = 256
+    trailing_context: float = 0.1
+    """Probability that an image at the end of its document also gets a clean copy, so that the model sees how to stop."""
+    text_drop: float = 0.1
+    """Probability that the text before the images of a document is dropped, for classifier-free guidance."""
+    context: Literal["clean", "noised"] = "clean"
+    """`noised` is the ablation that reproduces Transfusion: one in-place noised copy that later text reads."""
+    max_context_u: float = 0.5
+    """With `context="noised"`: cap on the noise time of images that something follows."""
+    noised_copies: int = 1
+    """Noised blocks per learnt image, each at its own noise time. Exact: nobody reads a noised block."""
+    max_grid: int = 64
+    """Largest number of patch rows or columns the vocabulary can name."""
+
+    def __post_init__(self):
+        _require(self.row_length >= 8, f"layout.row_length={self.row_length} must be at least 8.")
+        for name in ("trailing_context", "text_drop", "max_context_u"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"layout.{name}={value} must be between 0 and 1.")
+        _require(self.noised_copies >= 1, f"layout.noised_copies={self.noised_copies} must be at least 1.")
+        _require(self.max_grid >= 1, f"layout.max_grid={self.max_grid} must be at least 1.")
+        _require(
+            self.context == "clean" or self.noised_copies == 1,
+            "layout.noised_copies above 1 needs layout.context='clean': an in-place noised image exists only once.",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Diffusion:
+    """The diffusion process and its loss (mmdiff/diffusion/)."""
+
+    schedule: Literal["flow", "cosine", "ddpm"] = "flow"
+    prediction: Literal["x", "eps", "v"] = "x"
+    loss: Literal["x", "eps", "v"] = "v"
+    time_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
+    time_mean: float = -0.8
+    """Mean of logit(1 - u)."""
+    time_std: float = 0.8
+    weighting: Literal["none", "min_snr", "soft_min_snr", "sigmoid"] = "none"
+    weighting_value: float = 5.0
+    """min_snr: gamma. soft_min_snr: data standard deviation. sigmoid: bias."""
+    shift: float = 1.0
+    """Multiplies sigma: more than 1 moves training and sampling towards noise (large images)."""
+    clip: float = 0.05
+    """Lower bound on the divisor of the v conversion, on both sides of the loss."""
+    image_scale: float = 1.0
+    """loss = text + image_scale * image."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """Over the channels and pixels of one image; `sum` is the DDPM convention."""
+
+    def __post_init__(self):
+        _require(self.time_std > 0, f"diffusion.time_std={self.time_std} must be positive.")
+        _require(self.shift > 0, f"diffusion.shift={self.shift} must be positive.")
+        _require(0 < self.clip < 1, f"diffusion.clip={self.clip} must be between 0 and 1.")
+        _require(self.image_scale >= 0, f"diffusion.image_scale={self.image_scale} must not be negative.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where documents come from (mmdiff/data/)."""
+
+    source: Literal["documents", "shapes", "words", "tfds"] = "documents"
+    path: str = ""
+    """documents: a folder with documents.jsonl, or one written by `mmdiff prepare`. tfds: the dataset name."""
+    split: str = "train"
+    validation_split: str = "test"
+    vocabulary: str = "auto"
+    """`auto`: the one in the prepared folder, else trained on the data's own text. `bytes`, or a path to a .model file."""
+    vocabulary_size: int = 512
+    """Pieces to train when a vocabulary is trained here."""
+    size: int = 20000
+    """Generators: number of distinct training documents."""
+    image_size: tuple[int, int] | None = None
+    """(height, width): centre-crop to this aspect, then resize. None keeps each image's own size."""
+    generator: tuple[tuple[str, float], ...] = ()
+    """shapes, words: weight of each document kind; empty means the generator's default mix."""
+    generator_image_size: int = 32
+    max_objects: int = 3
+    """shapes: most objects in one scene."""
+    flip: bool = False
+    """Mirror images at random (only where captions do not name sides)."""
+    caption_key: str = "text"
+    """tfds: feature that holds the caption; empty for none."""
+    order: Literal["as_is", "both"] = "as_is"
+    """`both`: documents of one text and one image are read in either order, at random."""
+
+    def __post_init__(self):
+        _require(self.size >= 1, f"data.size={self.size} must be at least 1.")
+        _require(self.vocabulary_size >= 300, f"data.vocabulary_size={self.vocabulary_size} must be at least 300 (256 bytes).")
+        _require(1 <= self.max_objects <= 3, f"data.max_objects={self.max_objects} must be 1, 2 or 3.")
+        if self.image_size is not None:
+            _require(min(self.image_size) >= 1, f"data.image_size={self.image_size} must be positive.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """Update rule and learning-rate schedule (mmdiff/training/optimizer.py)."""
+
+    name: Literal["adamw", "lamb", "muon"] = "adamw"
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    final: float = 0.0
+    """The schedule ends at `final * learning_rate`."""
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    """Global gradient norm; 0 switches clipping off."""
+
+    def __post_init__(self):
+        _require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive.")
+        _require(self.warmup >= 0, f"optimizer.warmup={self.warmup} must not be negative.")
+        _require(0 <= self.final <= 1, f"optimizer.final={self.final} must be between 0 and 1.")
+        for name in ("b1", "b2"):
+            _require(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)} must be in [0, 1).")
+        _require(self.eps > 0, f"optimizer.eps={self.eps} must be positive.")
+        _require(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay} must not be negative.")
+        _require(self.clip >= 0, f"optimizer.clip={self.clip} must not be negative.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """The loop (mmdiff/training/loop.py)."""
+
+    steps: int = 2000
+    batch_size: int = 32
+    """Rows per optimiser step, over all devices."""
+    accumulate: int = 1
+    """Split each batch into this many pieces, one after another: the same gradient in less memory."""
+    seed: int = 0
+    ema: float = 0.999
+    log_every: int = 50
+    checkpoint_every: int = 1000
+    keep: int = 2
+    """Newest checkpoints kept."""
+    sample_every: int = 500
+    validate_every: int = 500
+    validation_rows: int = 64
+    max_skips: int = 10
+    """Stop after this many steps in a row whose loss or gradient was not finite; their updates are never applied."""
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep", "max_skips"):
+            _require(getattr(self, name) >= 1, f"training.{name}={getattr(self, name)} must be at least 1.")
+        for name in ("sample_every", "validate_every", "validation_rows"):
+            _require(getattr(self, name) >= 0, f"training.{name}={getattr(self, name)} must not be negative (0: never).")
+        _require(
+            self.batch_size % self.accumulate == 0,
+            f"training.batch_size={self.batch_size} is not divisible by training.accumulate={self.accumulate}.",
+        )
+        _require(0 <= self.ema < 1, f"training.ema={self.ema} must be in [0, 1).")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Defaults of `generate` and of the sample sheets; every call may override them."""
+
+    steps: int = 10
+    solver: Literal["ddim", "midpoint", "heun", "dpmpp_2m", "unipc2", "ddpm"] = "unipc2"
+    grid: Literal["uniform_logsnr", "uniform_u"] = "uniform_logsnr"
+    sigma_max: float = 80.0
+    sigma_min: float = 0.01
+    guidance: float = 1.0
+    guidance_interval: tuple[float, float] = (0.0, float("inf"))
+    """Sigmas between which guidance acts; outside it the conditional prediction is used alone."""
+    max_tokens: int = 64
+    max_images: int = 4
+    prompts: tuple[str, ...] = ()
+    """Texts drawn on the sample sheets; empty means captions from the validation data."""
+
+    def __post_init__(self):
+        _require(self.steps >= 1, f"sampling.steps={self.steps} must be at least 1.")
+        _require(
+            0 < self.sigma_min < self.sigma_max,
+            f"sampling.sigma_min={self.sigma_min} must be positive and below sampling.sigma_max={self.sigma_max}.",
+        )
+        _require(self.guidance >= 0, f"sampling.guidance={self.guidance} must not be negative.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One experiment."""
+
+    name: str = "experiment"
+    model: Model = Model()
+    layout: Layout = Layout()
+    diffusion: Diffusion = Diffusion()
+    data: Data = Data()
+    optimizer: Optimizer = Optimizer()
+    training: Training = Training()
+    sampling: Sampling = Sampling()
+
+    def __post_init__(self):
+        _require(
+            self.model.time_embedding == "smooth" or self.diffusion.schedule == "ddpm",
+            "model.time_embedding='table' needs diffusion.schedule='ddpm': the table has one entry per DDPM step.",
+        )
+        if self.data.image_size is not None:
+            check_image_size(*self.data.image_size, self.model.patch, "data.image_size")
+        if self.data.source in ("shapes", "words"):
+            size = self.data.generator_image_size
+            check_image_size(size, size, self.model.patch, "data.generator_image_size")
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    def fingerprint(self) -> str:
+        """Hash of every field: equal configurations, equal strings."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    @classmethod
+    def from_json(cls, text: str) -> "Config":
+        """The inverse of `to_json`; needs no experiment file.
+
+        Raises:
+          ConfigError: unknown field (with a suggestion), wrong type or invalid value.
+        """
+        return from_dict(cls, json.loads(text))
+
+
+def check_image_size(height: int, width: int, patch: int, where: str) -> None:
+    """Raise ConfigError unless both sides are multiples of the patch."""
+    if height % patch or width % patch:
+        down = (max(height // patch, 1) * patch, max(width // patch, 1) * patch)
+        raise ConfigError(
+            f"{where}: an image of {height}x{width} is not divisible by model.patch={patch}; "
+            f"resize to {down[0]}x{down[1]} (data.image_size) or change model.patch."
+        )
+
+
+def field_names(kind: type, prefix: str = "") -> list[str]:
+    """Dotted names of all leaf fields of a configuration dataclass."""
+    names = []
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(field.type):
+            names += field_names(typing.cast(type, field.type), f"{prefix}{field.name}.")
+        else:
+            names.append(prefix + field.name)
+    return names
+
+
+def suggest(name: str, known: list[str]) -> str:
+    """`; did you mean 'x'?` for a misspelt name, or an empty string."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def from_dict(kind: type, values: dict[str, Any], prefix: str = "") -> Any:
+    """Build a configuration dataclass from plain JSON values."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    arguments = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise ConfigError(f"unknown field '{prefix}{name}'{suggest(prefix + name, [prefix + n for n in fields])}")
+        annotation = fields[name].type
+        if dataclasses.is_dataclass(annotation):
+            value = from_dict(typing.cast(type, annotation), value, f"{prefix}{name}.")
+        else:
+            value = _tupled(value)
+            _check_type(value, annotation, prefix + name)
+        arguments[name] = value
+    return kind(**arguments)
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(_tupled(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def _check_type(value: Any, annotation: Any, name: str) -> None:
+    origin = typing.get_origin(annotation)
+    if origin is Literal:
+        choices = typing.get_args(annotation)
+        _require(value in choices, f"{name}={value!r} is not one of {', '.join(map(repr, choices))}.")
+        return
+    if isinstance(annotation, types.UnionType):
+        allowed = tuple(typing.get_origin(a) or a for a in typing.get_args(annotation))
+    elif annotation is float:
+        allowed = (float, int)
+    else:
+        allowed = (origin or annotation,)
+    good = isinstance(value, allowed) and not (isinstance(value, bool) and bool not in allowed)
+    _require(good, f"{name}={value!r} has the wrong type: expected {getattr(annotation, '__name__', annotation)}.")
+
+
+def load_experiment(path: str | Path) -> Config:
+    """The Config that an experiment file's `config()` returns.
+
+    Raises:
+      ConfigError: no such file, no `config` function, or an invalid configuration.
+    """
+    import runpy
+
+    path = Path(path)
+    if not path.is_file():
+        known = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise ConfigError(f"no experiment file {str(path)!r}{suggest(str(path), known)}")
+    try:
+        namespace = runpy.run_path(str(path))
+    except SyntaxError as error:
+        raise ConfigError(f"{path}:{error.lineno}: {error.msg}") from error
+    except TypeError as error:  # an unknown keyword of a configuration dataclass
+        raise ConfigError(f"{path}: {error}") from error
+    if not callable(namespace.get("config")):
+        raise ConfigError(f"{path} has no function `config() -> Config`.")
+    try:
+        made = namespace["config"]()
+    except TypeError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    _require(isinstance(made, Config), f"{path}: config() returned {type(made).__name__}, not mmdiff.config.Config.")
+    return made
