@@ -1,0 +1,333 @@
+"""Documents to rows: the sequence the transformer reads.
+
+    [BOS] text [IMG] <rows r> <cols c> (clean patches) [/IMG] text ... [EOS]   | noised block | noised block ...
+    '----------------------- context stream -------------------------------'   '-- per image with loss --------'
+
+- `[IMG] <rows> <cols>` are predicted by the language head; `[/IMG]` is written here. Patches carry no text loss.
+- A noised block reads the stream up to its own size tokens, and itself. Nobody else reads it, so every later token is
+  conditioned on the clean image, in training exactly as in sampling.
+- Every query reads at most two key intervals, so a mask is four int32 vectors, never T x T (`IntervalMask`).
+- Positions are 2-D: text at (p, p), the patches of an image around the diagonal (`patch_positions`).
+
+Letters: b rows, t positions, p values of a patch (3 * patch^2), n patches of an image (grid_rows * grid_cols).
+Everything that builds a sequence, for training or for sampling, goes through `lay_out`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmdiff import config
+from mmdiff.document import DataError, Document, Image, Text
+
+Positions = Literal["centred", "scaled", "corner", "raster"]
+
+
+class IntervalMask(NamedTuple):
+    """Which keys each query may read: [context_start, context_end) and [block_start, block_end), int32 [..., T]."""
+
+    context_start: Any
+    context_end: Any
+    block_start: Any
+    block_end: Any
+
+    def dense(self, keys: int) -> jax.Array:
+        """The same mask as bool [..., T, keys]."""
+        s = jnp.arange(keys, dtype=jnp.int32)
+        context = (self.context_start[..., None] <= s) & (s < self.context_end[..., None])
+        block = (self.block_start[..., None] <= s) & (s < self.block_end[..., None])
+        return context | block
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A batch of packed rows (or one row, without the leading axis): what a training step sees."""
+
+    tokens: Any  # int32 [b, t], 0 at patches and padding
+    patches: Any  # uint8 [b, t, p], 0 at text
+    is_patch: Any  # bool [b, t]
+    image: Any  # int32 [b, t]; 0 is text, k the k-th image of the row; noised and clean copies share k
+    noised: Any  # bool [b, t]
+    position: Any  # float32 [b, t, 2]
+    context_start: Any  # int32 [b, t], as the next three: see IntervalMask
+    context_end: Any
+    block_start: Any
+    block_end: Any
+    text_weight: Any  # float32 [b, t]; weight of predicting this token from the position before it
+    image_weight: Any  # float32 [b, t]; sums to 1 over the noised patches of an image
+    max_u: Any  # float32 [b, t]; cap on the noise time of a noised patch (below 1 only with context="noised")
+
+    @property
+    def mask(self) -> IntervalMask:
+        return IntervalMask(self.context_start, self.context_end, self.block_start, self.block_end)
+
+
+class TextPiece(NamedTuple):
+    """A text of a document, tokenised."""
+
+    tokens: np.ndarray  # int32 [n]
+    learn: bool = True
+
+
+class ImagePiece(NamedTuple):
+    """An image of a document, cut into patches. `patches` is None where only the lengths matter."""
+
+    patches: np.ndarray | None  # uint8 [n, p]
+    grid_rows: int
+    grid_cols: int
+    learn: bool = True
+
+    @property
+    def count(self) -> int:
+        return self.grid_rows * self.grid_cols
+
+
+Piece = TextPiece | ImagePiece
+
+
+class ImagePlan(NamedTuple):
+    """Which copies one image gets."""
+
+    clean: bool
+    noised: int
+
+
+def patchify(pixels: np.ndarray, patch: int) -> np.ndarray:
+    """uint8 [h, w, 3] to uint8 [n, 3 * patch^2]: patches in raster order, each (row, column, channel)."""
+    height, width, channels = pixels.shape
+    cut = pixels.reshape(height // patch, patch, width // patch, patch, channels)
+    return cut.transpose(0, 2, 1, 3, 4).reshape(-1, patch * patch * channels)
+
+
+def unpatchify(patches: np.ndarray, grid_rows: int, grid_cols: int) -> np.ndarray:
+    """The inverse of `patchify` for any dtype: [..., n, p] to [..., h, w, 3]."""
+    lead, patch = patches.shape[:-2], round((patches.shape[-1] / 3) ** 0.5)
+    cut = patches.reshape(*lead, grid_rows, grid_cols, patch, patch, 3)
+    return np.moveaxis(cut, -4, -3).reshape(*lead, grid_rows * patch, grid_cols * patch, 3)
+
+
+def text_pieces(document: Document, vocabulary, patch: int) -> list[Piece]:
+    """Tokenise the texts and cut the images of a document.
+
+    Raises:
+      ConfigError: an image side is not divisible by the patch, or its grid exceeds the vocabulary's.
+    """
+    pieces: list[Piece] = []
+    for segment in document.segments:
+        if isinstance(segment, Text):
+            pieces.append(TextPiece(np.asarray(vocabulary.encode(segment.text), np.int32), segment.learn))
+        elif isinstance(segment, Image):
+            config.check_image_size(segment.height, segment.width, patch, "image")
+            grid = segment.height // patch, segment.width // patch
+            pieces.append(ImagePiece(patchify(segment.pixels, patch), *grid, segment.learn))
+        else:
+            raise DataError(f"{segment!r} marks a prompt; it cannot stand in a document to learn from.")
+    return pieces
+
+
+def drop_text(pieces: Sequence[Piece]) -> list[Piece]:
+    """Drop every text before the last learnt image: the unconditional branch of guidance.
+
+    Images stay, so what guidance strengthens is the text alone. Training and sampling both call this function.
+    """
+    last = max((i for i, p in enumerate(pieces) if isinstance(p, ImagePiece) and p.learn), default=-1)
+    return [p for i, p in enumerate(pieces) if i > last or isinstance(p, ImagePiece)]
+
+
+def plan_images(pieces: Sequence[Piece], layout: config.Layout, trailing_context: bool) -> list[ImagePlan]:
+    """Which copies each image of a document gets.
+
+    Images with something after them get a clean copy; learnt images get noised blocks; an image at the end gets a clean
+    copy only if `trailing_context` (drawn per document with probability `layout.trailing_context`).
+    With `layout.context == "noised"` an image exists once: noised in place if learnt, else clean.
+    """
+    plans = []
+    for index, piece in enumerate(pieces):
+        if not isinstance(piece, ImagePiece):
+            continue
+        read = index + 1 < len(pieces) or trailing_context
+        if layout.context == "noised":
+            plans.append(ImagePlan(clean=read and not piece.learn, noised=int(piece.learn)))
+        else:
+            plans.append(ImagePlan(clean=read, noised=layout.noised_copies if piece.learn else 0))
+    return plans
+
+
+def patch_positions(start: float, rows: int, cols: int, kind: Positions) -> tuple[np.ndarray, float]:
+    """Coordinates of an image's patches, and the position at which the sequence goes on after it.
+
+    Args:
+      start: position of the last token before the image (its size tokens).
+      rows, cols: patch grid, N = rows * cols.
+      kind: `centred` and `scaled` give the image the room of N tokens, symmetric between the text before and after
+        it; `corner` and `raster` are ablations.
+    Returns:
+      float32 [N, 2] in raster order, and the position of the token after the image.
+    Source: Su Jianlin, RoPE-Tie and RoPE-TV, kexue.fm/archives/10040 and 10352.
+    """
+    count = rows * cols
+    row, col = np.divmod(np.arange(count), cols)
+    if kind == "centred":
+        centre = start + (count + 1) / 2
+        coordinates = centre + row - (rows - 1) / 2, centre + col - (cols - 1) / 2
+    elif kind == "scaled":
+        coordinates = start + (row + 1) * (count + 1) / (rows + 1), start + (col + 1) * (count + 1) / (cols + 1)
+    elif kind == "corner":
+        coordinates = start + 1 + row, start + 1 + col
+    else:
+        coordinates = start + 1 + np.arange(count), start + 1 + np.arange(count)
+    resume = start + 1 + max(rows, cols) if kind == "corner" else start + count + 1
+    return np.stack(coordinates, axis=-1).astype(np.float32), float(resume)
+
+
+def laid_length(pieces: Sequence[Piece], plans: Sequence[ImagePlan], layout: config.Layout, end: bool = True) -> int:
+    """Positions that `lay_out` will use, from lengths alone."""
+    images = [p for p in pieces if isinstance(p, ImagePiece)]
+    length = 1 + sum(len(p.tokens) for p in pieces if isinstance(p, TextPiece)) + 3 * len(images)
+    for piece, plan in zip(images, plans, strict=True):
+        in_place = layout.context == "noised" and plan.noised
+        shown = plan.clean or in_place
+        after = piece is not images[-1] or isinstance(pieces[-1], TextPiece) or plan.clean
+        length += piece.count * (int(plan.clean) + plan.noised) + int(bool(shown and after))
+    return length + int(end and _closes(pieces, plans))
+
+
+def _closes(pieces: Sequence[Piece], plans: Sequence[ImagePlan]) -> bool:
+    """Whether [EOS] is written: not after an image that the stream does not show."""
+    return not (pieces and isinstance(pieces[-1], ImagePiece)) or plans[-1].clean
+
+
+def lay_out(
+    pieces: Sequence[Piece],
+    plans: Sequence[ImagePlan],
+    vocabulary,
+    layout: config.Layout,
+    *,
+    patch_values: int,
+    positions: Positions = "centred",
+    dropped: bool = False,
+    end: bool = True,
+) -> tuple[Rows, float]:
+    """One document as a row of exactly its own length.
+
+    Args:
+      pieces: the document; `plans`: one ImagePlan per image, from `plan_images`.
+      patch_values: 3 * patch^2.
+      dropped: the texts before the last learnt image were dropped, so no text loss falls there either.
+      end: write [EOS]; a prompt leaves it out.
+    Returns:
+      Rows without batch axis, and the position of the last token of the stream.
+    """
+    length = laid_length(pieces, plans, layout, end)
+    row = empty_row(length, patch_values)
+    last_learnt = max((i for i, p in enumerate(pieces) if isinstance(p, ImagePiece) and p.learn), default=-1)
+    t, place = 0, -1.0
+
+    def write(tokens, weight: float) -> None:
+        nonlocal t, place
+        count = len(tokens)
+        stop = t + count
+        row.tokens[t:stop] = tokens
+        row.position[t:stop] = (place + 1 + np.arange(count, dtype=np.float32))[:, None]
+        row.context_start[t:stop], row.context_end[t:stop] = 0, np.arange(t + 1, stop + 1)
+        row.text_weight[t:stop] = weight
+        t, place = stop, place + count
+
+    def write_patches(piece: ImagePiece, number: int, where, context_end: int, block: bool) -> None:
+        nonlocal t
+        stop = t + piece.count
+        if piece.patches is not None:
+            row.patches[t:stop] = piece.patches
+        row.is_patch[t:stop], row.image[t:stop], row.position[t:stop] = True, number, where
+        row.context_start[t:stop], row.context_end[t:stop] = 0, context_end
+        if block:
+            row.block_start[t:stop], row.block_end[t:stop] = t, stop
+            row.noised[t:stop] = True
+        t = stop
+
+    write([vocabulary.bos], 0.0)
+    number, blocks = 0, []
+    for index, piece in enumerate(pieces):
+        learn = float(piece.learn and not (dropped and index <= last_learnt))
+        if isinstance(piece, TextPiece):
+            write(piece.tokens, learn)
+            continue
+        plan, number = plans[number], number + 1
+        write([vocabulary.img, vocabulary.rows(piece.grid_rows), vocabulary.cols(piece.grid_cols)], learn)
+        where, resume = patch_positions(place, piece.grid_rows, piece.grid_cols, positions)
+        sized = t
+        read = plan.clean or index + 1 < len(pieces)
+        if layout.context == "noised" and plan.noised:
+            write_patches(piece, number, where, sized, block=True)
+            row.image_weight[sized:t] = 1 / piece.count
+            row.max_u[sized:t] = layout.max_context_u if read else 1.0
+        else:
+            if plan.clean:
+                write_patches(piece, number, where, sized + piece.count, block=False)
+            blocks += [(piece, number, where, sized)] * plan.noised
+        if read:
+            place = resume - 1
+            write([vocabulary.end_img], 0.0)
+    if end and _closes(pieces, plans):
+        write([vocabulary.eos], float(pieces[-1].learn) if pieces else 1.0)
+    for piece, number, where, sized in blocks:
+        begin = t
+        write_patches(piece, number, where, sized, block=True)
+        row.image_weight[begin:t] = 1 / (piece.count * layout.noised_copies)
+    return row, place
+
+
+def empty_row(length: int, patch_values: int) -> Rows:
+    """A row of padding: every position reads itself only and carries no loss."""
+    zeros = lambda dtype, *more: np.zeros((length, *more), dtype)  # noqa: E731
+    here = np.arange(length, dtype=np.int32)
+    return Rows(
+        tokens=zeros(np.int32),
+        patches=zeros(np.uint8, patch_values),
+        is_patch=zeros(bool),
+        image=zeros(np.int32),
+        noised=zeros(bool),
+        position=zeros(np.float32, 2),
+        context_start=here.copy(),
+        context_end=here + 1,
+        block_start=here.copy(),
+        block_end=here.copy(),
+        text_weight=zeros(np.float32),
+        image_weight=zeros(np.float32),
+        max_u=np.ones(length, np.float32),
+    )
+
+
+def pack(documents: Sequence[Rows], length: int) -> Rows:
+    """Put laid-out documents one after another into one row of `length` positions.
+
+    Raises:
+      DataError: they do not fit.
+    """
+    sizes = [len(d.tokens) for d in documents]
+    if sum(sizes) > length:
+        raise DataError(f"documents of {sizes} positions do not fit layout.row_length={length}.")
+    row = empty_row(length, documents[0].patches.shape[-1] if documents else 0)
+    start, images = 0, 0
+    for document, size in zip(documents, sizes, strict=True):
+        stop = start + size
+        for field in dataclasses.fields(Rows):
+            value = getattr(document, field.name)
+            if field.name in IntervalMask._fields:
+                value = value + start
+            elif field.name == "image":
+                value = np.where(value > 0, value + images, 0)
+            getattr(row, field.name)[start:stop] = value
+        images += int(document.image.max(initial=0))
+        start = stop
+    return row
+
+
+def stack(rows: Sequence[Rows]) -> Rows:
+    """Rows of equal length to one batch."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
