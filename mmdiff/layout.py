@@ -284,7 +284,7 @@ def lay_out(
 
 def empty_row(length: int, patch_values: int) -> Rows:
     """A row of padding: every position reads itself only and carries no loss."""
-    zeros = lambda dtype, *more: np.zeros((length, *more), dtype)  # noqa: E731
+    zeros = lambda dtype, *more: np.zeros((length, *more), dtype)
     here = np.arange(length, dtype=np.int32)
     return Rows(
         tokens=zeros(np.int32),

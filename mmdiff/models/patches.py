@@ -1,0 +1,60 @@
+"""The raw-patch image path: what stands at an image's positions, how it is read out, and with which loss.
+
+An image path answers four questions: what an image's positions hold (here raw patches), how they read each other (one
+bidirectional block, mmdiff/layout.py), which head and loss they get (denoise), and how an image is drawn (the solver in
+mmdiff/sampling/image.py). Other paths add files beside this one.
+
+    embed:  e = z W_patch + features(u) W_time       float32; clean patches have u = 0
+    head:   RMSNorm + linear, zero at the start
+
+With width >= 3 patch^2 the first map is injective: the input is lossless (`invert`).
+Letters: b rows, t positions, p patch values, d width.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mmdiff import config
+from mmdiff.diffusion.schedule import DDPM, DDPM_LEVELS
+from mmdiff.nn.layers import Linear, RMSNorm
+
+TIME_FREQUENCIES = 16
+LARGEST_FREQUENCY = 4.0  # radians per unit u: smooth in time, which few-step training depends on
+
+
+def time_features(u: jax.Array) -> jax.Array:
+    """Smooth features of the noise time: u [...] to float32 [..., 1 + 2 * TIME_FREQUENCIES]."""
+    frequencies = LARGEST_FREQUENCY * np.arange(1, TIME_FREQUENCIES + 1, dtype=np.float32) / TIME_FREQUENCIES
+    angles = u[..., None].astype(jnp.float32) * frequencies
+    return jnp.concatenate([u[..., None], jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+class RawPatches(nnx.Module):
+    def __init__(self, cfg: config.Model, rngs: nnx.Rngs):
+        self.values = 3 * cfg.patch**2
+        self.table = cfg.time_embedding == "table"
+        self.patch_in = Linear(self.values, cfg.width, rngs)
+        if self.table:
+            self.time_table = nnx.Param(jax.random.normal(rngs.params(), (len(DDPM_LEVELS), cfg.width)) * 0.02)
+        else:
+            self.time_in = Linear(1 + 2 * TIME_FREQUENCIES, cfg.width, rngs)
+        self.norm = RMSNorm(cfg.width)
+        self.patch_out = Linear(cfg.width, self.values, rngs, gain=0.0)
+
+    def embed(self, z: jax.Array, u: jax.Array) -> jax.Array:
+        """Patches z [b, t, p] (clean, or noised at time u [b, t]) to float32 [b, t, d]."""
+        exact = jnp.matmul(z.astype(jnp.float32), self.patch_in.kernel[...], precision=jax.lax.Precision.HIGHEST)
+        if self.table:
+            return exact + self.time_table[...][jnp.rint(DDPM().index_of(u)).astype(jnp.int32)]
+        return exact + self.time_in(time_features(u))
+
+    def predict(self, hidden: jax.Array) -> jax.Array:
+        """Final hidden states [b, t, d] to the prediction (x, eps or v), float32 [b, t, p]."""
+        return self.patch_out(self.norm(hidden).astype(jnp.float32))
+
+    def invert(self, embedded: jax.Array) -> jax.Array:
+        """Recover clean patches from `embed(z, 0)`: the numerical proof that the input is lossless."""
+        zero = self.embed(jnp.zeros((1, 1, self.values)), jnp.zeros((1, 1)))
+        return (embedded - zero) @ jnp.linalg.pinv(self.patch_in.kernel[...])

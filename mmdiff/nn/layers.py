@@ -1,0 +1,27 @@
+"""Small layers: linear, RMSNorm. Parameters are float32; the compute type is the type of the input."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class Linear(nnx.Module):
+    """y = x W, no bias. W is [inputs, outputs], scaled so that unit variance stays unit variance (times `gain`)."""
+
+    def __init__(self, inputs: int, outputs: int, rngs: nnx.Rngs, *, gain: float = 1.0):
+        kernel = jax.random.normal(rngs.params(), (inputs, outputs), jnp.float32) * (gain * inputs**-0.5)
+        self.kernel = nnx.Param(kernel)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ self.kernel[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale, the mean square in float32. Source: Zhang and Sennrich, arXiv 1910.07467."""
+
+    def __init__(self, width: int):
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        mean_square = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
+        return x * jax.lax.rsqrt(mean_square + 1e-6).astype(x.dtype) * self.scale[...].astype(x.dtype)

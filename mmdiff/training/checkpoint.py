@@ -1,0 +1,324 @@
+"""Checkpoints that are checked when they are read. The one module that knows orbax.
+
+A folder holds one directory per step, each with the items `params`, `ema` and `rest` (all other leaves of the state,
+typed PRNG keys as their uint32 words) and `meta`, a JSON object: what the caller passed, and
+
+    format, step, versions, leaves {path: [dtype, shape, fingerprint]}, digest (SHA-256 of all of the above)
+
+Storage does not notice a flipped bit, so every leaf has a fingerprint, a sum modulo 2^32 over its 32-bit words w_i,
+
+    (1) sum_i mix(w_i xor mix(i + 1))            mix: the bijective finaliser of MurmurHash3
+
+A change of one word always shows, any other with probability 1 - 2^-32. The sum is computed where the array lives and
+does not depend on how it is sharded.
+
+Damage (bits, truncation, a missing item) is answered by the newest older checkpoint that is whole, loudly. A whole
+checkpoint of a different model is no damage: that is an error, and nothing older is tried.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+import mmdiff
+
+FORMAT = 1
+_ITEMS = ("params", "ema", "rest")
+
+logging.set_verbosity(logging.ERROR)  # orbax narrates every save
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, read or used; one line."""
+
+
+class _Damaged(Exception):
+    """What is wrong with one checkpoint."""
+
+
+class Checkpoints:
+    """The checkpoints of one training run; at most `keep`, the newest. Saves are asynchronous and atomic.
+
+    `save` writes at multiples of `every`, or always with `force=True`. In a run of several processes every method is
+    called by all of them.
+    """
+
+    def __init__(self, folder: str | Path, *, keep: int = 2, every: int = 1):
+        self._folder, self._every = _absolute(folder), every
+        # No save_decision_policy: it would replace orbax's own, preemption included. `save` decides and forces.
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, damaged or not, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Any, meta: dict[str, Any], *, force: bool = False) -> bool:
+        """Start writing `state` (any pytree with `params` and `ema`) and `meta` (JSON values); False if not due.
+
+        Returns once the arrays are copied, so that the caller may donate them. A step that is there already is not
+        written again.
+
+        Raises:
+          CheckpointError: `step` is not the state's, a newer checkpoint exists, or this or the last write failed.
+        """
+        if not (force or step % self._every == 0) or step in self.steps():
+            return False
+        if int(getattr(state, "step", step)) != step:
+            raise CheckpointError(f"checkpoint {step} would hold the state of step {int(state.step)}")
+        if self.steps() and self.steps()[-1] > step:
+            raise CheckpointError(f"checkpoint {step} not written: {self._folder} has a newer one, {self.steps()[-1]}")
+        leaves = _leaves(state)
+        items: dict[str, dict] = {name: {} for name in _ITEMS}
+        for path, leaf in leaves.items():
+            item, name = _place(path)
+            items[item][name] = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+        record = _sealed(meta, step, leaves)
+        saves = {name: ocp.args.StandardSave(_nested(item)) for name, item in items.items()}
+        try:
+            return self._manager.save(
+                step, args=ocp.args.Composite(**saves, meta=ocp.args.JsonSave(record)), force=True
+            )
+        except Exception as error:
+            raise CheckpointError(f"checkpoint {step} could not be written: {_line(error)}") from error
+
+    def wait(self) -> None:
+        """Return when the last save is complete. Raises CheckpointError if it failed."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise CheckpointError(f"the last checkpoint could not be written: {_line(error)}") from error
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+    def preempted(self, step: int) -> bool:
+        """Whether this is the step at which all processes stop because one was told to. Call at every step."""
+        return self._manager.reached_preemption(step)
+
+    def latest_valid(self, like: Any, *, strict: bool = False) -> tuple[Any, dict[str, Any]] | None:
+        """State and meta of the newest checkpoint that is whole, or None if there is none at all.
+
+        Args:
+          like: pytree of arrays, or of ShapeDtypeStructs with shardings: the structure to return, placed alike.
+          strict: a damaged checkpoint is an error instead.
+        Raises:
+          CheckpointError: the checkpoint belongs to another model; `strict` and damaged; or every one is damaged.
+        """
+        self.wait()
+        wanted = _leaves(like)
+
+        def read(step):
+            meta = _read_meta(self._manager, step)
+            _compare(step, wanted, meta["leaves"])
+            return _read_leaves(self._manager, step, meta["leaves"], wanted), meta
+
+        found = _newest_whole(read, self.steps(), self._folder, strict)
+        if found is None:
+            return None
+        (leaves, meta), damaged = found
+        for step in damaged:  # else saving that step again would be refused
+            self._set_aside(step)
+        return jax.tree.unflatten(jax.tree.structure(like), list(leaves.values())), meta
+
+    def _set_aside(self, step: int) -> None:
+        if jax.process_index() == 0:
+            names = (f"{step}.damaged{suffix}" for suffix in ("", *(f".{i}" for i in range(2, 1000))))
+            (self._folder / str(step)).rename(next(p for p in map(self._folder.joinpath, names) if not p.exists()))
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"checkpoint {step} set aside")
+        self._manager.reload()
+
+
+def restore_params(folder: str | Path, *, ema: bool = True, strict: bool = False) -> tuple[dict, dict[str, Any]]:
+    """Parameters (or their moving average) and meta of the newest checkpoint that is whole; changes nothing on disk.
+
+    Returns:
+      a nested dict of arrays on this process's first device, and the meta the checkpoint was saved with.
+    Raises:
+      CheckpointError: no checkpoint there; every one is damaged; or `strict` and the newest is damaged.
+    """
+    folder = _absolute(folder)
+    manager = None
+    if folder.exists():
+        manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True, create=False))
+    if manager is None or not manager.all_steps():
+        raise CheckpointError(f"no checkpoint in {folder}; train first, or pass the folder of a run")
+    item = "ema" if ema else "params"
+
+    def read(step):
+        meta = _read_meta(manager, step)
+        leaves = {path: entry for path, entry in meta["leaves"].items() if _place(path)[0] == item}
+        wanted = {path: jax.ShapeDtypeStruct(shape, dtype) for path, (dtype, shape, _) in leaves.items()}
+        return _read_leaves(manager, step, leaves, wanted), meta
+
+    found = _newest_whole(read, sorted(manager.all_steps()), folder, strict)
+    manager.close()
+    (leaves, meta), _ = found
+    return _nested({_place(path)[1]: leaf for path, leaf in leaves.items()}), meta
+
+
+def fingerprint(x: jax.Array) -> int:
+    """Equation (1): the same for equal bits, wherever and however the array is stored."""
+    return int(np.asarray(_fingerprint(jax.random.key_data(x) if _is_key(x) else x)))
+
+
+@jax.jit
+def _fingerprint(x):
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    narrow = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+    words = jax.lax.bitcast_convert_type(x, narrow).astype(jnp.uint32)  # 8-byte types gain an axis of 2 words
+    index = jnp.ones((), jnp.uint32)  # row-major index + 1; no reshape, which would gather a sharded array
+    for axis in range(words.ndim):
+        stride = np.uint32(math.prod(words.shape[axis + 1 :]) % 2**32)
+        index = index + stride * jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    return jnp.sum(_mix(words ^ _mix(index)), dtype=jnp.uint32)
+
+
+def _mix(h):
+    h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)
+
+
+def _newest_whole(read, steps, folder, strict):
+    """(`read` of the newest step it accepts, the damaged steps after it), or None without steps."""
+    damaged: dict[int, str] = {}
+    for step in reversed(steps):
+        result = None
+        try:
+            result = read(step)
+        except _Damaged as error:
+            damaged[step] = str(error)
+        if jax.process_count() > 1 and not np.all(multihost_utils.process_allgather(np.array([result is not None]))):
+            result = None  # all processes must go back to the same step
+            damaged.setdefault(step, "another process could not read it")
+        if result is not None:
+            for bad, reason in damaged.items():
+                print(f"checkpoint {bad} is damaged ({reason}); using {step}", file=sys.stderr, flush=True)
+            return result, list(damaged)
+        if strict:
+            raise CheckpointError(f"checkpoint {step} in {folder} is damaged ({damaged[step]})")
+    if damaged:
+        reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
+        raise CheckpointError(f"every checkpoint in {folder} is damaged ({reasons}); remove the folder to start anew")
+    return None
+
+
+def _read_meta(manager, step: int) -> dict[str, Any]:
+    try:
+        meta = dict(manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
+        digest = meta.pop("digest")
+    except Exception as error:
+        raise _Damaged(f"meta: {_line(error)}") from error
+    if digest != _digest(meta):
+        raise _Damaged("meta: digest differs")
+    if meta["format"] > FORMAT:
+        raise CheckpointError(f"checkpoint {step} has format {meta['format']}, newer than this version's {FORMAT}")
+    return meta
+
+
+def _read_leaves(manager, step: int, leaves: dict[str, list], wanted: dict[str, Any]) -> dict[str, jax.Array]:
+    """The arrays of `wanted` {path: array or ShapeDtypeStruct}, verified against `leaves`, in the order of `wanted`."""
+    items: dict[str, dict] = {}
+    for path, leaf in wanted.items():
+        item, name = _place(path)
+        sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        if _is_key(leaf):
+            leaf = jax.eval_shape(jax.random.key_data, leaf)
+        items.setdefault(item, {})[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    args = {name: ocp.args.StandardRestore(_nested(item)) for name, item in items.items()}
+    try:
+        restored = manager.restore(step, args=ocp.args.Composite(**args))
+    except Exception as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise  # the machine is too small for it; the checkpoint may well be whole
+        raise _Damaged(_line(error)) from error
+    found = _leaves({name: restored[name] for name in items})
+    arrays = {}
+    for path, leaf in wanted.items():
+        array = found["/".join(filter(None, _place(path)))]
+        if _is_key(leaf):
+            array = jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
+        if fingerprint(array) != leaves[path][2]:
+            raise _Damaged(f"leaf {path}: fingerprint differs")
+        arrays[path] = array
+    return arrays
+
+
+def _compare(step: int, wanted: dict[str, Any], leaves: dict[str, list]) -> None:
+    """Raise CheckpointError, naming a leaf, unless the checkpoint's leaves are those wanted."""
+    remedy = "it was saved with another configuration; use that one, or another workdir"
+    for path, leaf in wanted.items():
+        if path not in leaves:
+            raise CheckpointError(f"checkpoint {step} has no leaf {path}: {remedy}")
+        dtype, shape, _ = leaves[path]
+        if (dtype, list(shape)) != (str(leaf.dtype), list(leaf.shape)):
+            raise CheckpointError(
+                f"checkpoint {step}, leaf {path}: {dtype} {list(shape)} there, "
+                f"{leaf.dtype} {list(leaf.shape)} here: {remedy}"
+            )
+    if extra := [path for path in leaves if path not in wanted]:
+        raise CheckpointError(f"checkpoint {step} has a leaf {extra[0]} that is not here: {remedy}")
+
+
+def _sealed(meta: dict[str, Any], step: int, leaves: dict[str, Any]) -> dict[str, Any]:
+    entries = {path: [str(leaf.dtype), list(leaf.shape), fingerprint(leaf)] for path, leaf in leaves.items()}
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax")} | {"mmdiff": mmdiff.__version__}
+    record = json.loads(json.dumps(meta)) | {"format": FORMAT, "step": step, "versions": versions, "leaves": entries}
+    return record | {"digest": _digest(record)}
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """{path: leaf} in the order of the tree; paths as in `params/blocks/in/kernel`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _place(path: str) -> tuple[str, str]:
+    """The item a leaf is stored in, and its path there."""
+    head, _, tail = path.partition("/")
+    return (head, tail) if head in ("params", "ema") else ("rest", path)
+
+
+def _nested(leaves: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *above, name = path.split("/")
+        node = tree
+        for key in above:
+            node = node.setdefault(key, {})
+        node[name] = leaf
+    return tree
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _absolute(folder: str | Path) -> epath.Path:
+    return epath.Path(folder) if "://" in str(folder) else epath.Path(Path(folder).absolute())
+
+
+def _line(error: BaseException) -> str:
+    """An exception in one short line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__

@@ -1,0 +1,145 @@
+"""The loss and the training step.
+
+    z = alpha x + sigma eps                                u drawn per noised block, clean patches at u = 0
+    text loss  = mean over weighted tokens of -log p(token_t | positions before t)                      (nats)
+    image loss = mean over images of the mean over patches, copies, pixels and channels of the error in loss space
+    loss       = text + image_scale * image
+
+A batch without text or without images contributes zero to that term. Everything is a pure function of (params, rows,
+key): noise is drawn with global shapes from `fold_in(key, step)` and a named purpose, so results do not depend on the
+number of devices. Letters: b rows, t positions, p patch values, v vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mmdiff import config
+from mmdiff.diffusion.loss import image_error
+from mmdiff.diffusion.schedule import make_schedule
+from mmdiff.diffusion.times import sample_times
+from mmdiff.layout import Rows
+from mmdiff.models.transfusion import Network
+from mmdiff.training.guard import apply_guarded
+from mmdiff.training.state import TrainState
+
+GOLDEN = 0.6180339887498949  # fractional part of the golden ratio
+PURPOSES = {"times": 0, "noise": 1}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """Sums over a batch and what to divide them by; sums of pieces of a batch add up."""
+
+    text: jax.Array
+    text_weight: jax.Array
+    image: jax.Array
+    image_weight: jax.Array
+
+
+def normalise(patches: jax.Array) -> jax.Array:
+    """uint8 to float32 in [-1, 1]."""
+    return patches.astype(jnp.float32) / 127.5 - 1.0
+
+
+def block_times(rows: Rows, key: jax.Array, diffusion: config.Diffusion) -> jax.Array:
+    """Noise time of each position, float32 [b, t]: one per noised block, 0 elsewhere.
+
+    The numbers behind the times form a low-discrepancy sequence over the batch (a random start plus multiples of the
+    golden ratio), which evens out how often each noise level is seen. Source: the idea of Kingma et al., VDM, arXiv
+    2107.00630, appendix I.1.
+    """
+    length = rows.tokens.shape[-1]
+    starts = rows.noised & (rows.block_start == jnp.arange(length))
+    rank = jnp.cumsum(starts.reshape(-1)).reshape(starts.shape)
+    # float32 keeps rank * GOLDEN exact enough below a million blocks; the fraction is taken per batch anyway
+    r = (jax.random.uniform(key) + (rank * GOLDEN) % 1.0) % 1.0
+    u = sample_times(diffusion, jnp.clip(r, 1e-6, 1 - 1e-6))
+    u = jnp.take_along_axis(u, rows.block_start, axis=-1)  # the whole block takes its first position's time
+    return jnp.where(rows.noised, jnp.minimum(u, rows.max_u), 0.0)
+
+
+def corrupt(x: jax.Array, eps: jax.Array, u: jax.Array, diffusion: config.Diffusion):
+    """z = alpha x + sigma eps at the times u [b, t]; returns (z, alpha, sigma) with a trailing axis."""
+    alpha, sigma = make_schedule(diffusion)(u[..., None])
+    return alpha * x + sigma * eps, alpha, sigma
+
+
+def loss_sums(network: Network, diffusion: config.Diffusion, params: Any, rows: Rows, u: jax.Array, eps: jax.Array) -> Losses:
+    """Text and image loss of rows whose blocks are noised by `eps` [b, t, p] at times `u` [b, t]."""
+    x = normalise(rows.patches)
+    z, alpha, sigma = corrupt(x, eps, u, diffusion)
+    model = network.bind(params)
+    logits, output = model(rows.tokens, rows.is_patch, z, u, rows.position, rows.mask)
+    weight = rows.text_weight[:, 1:]
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], rows.tokens[:, 1:])
+    error = image_error(output, x, eps, alpha, sigma, diffusion)
+    image_weight = rows.image_weight
+    if diffusion.reduction == "sum":  # over the patches of an image too; the copies of one image are still averaged
+        copies = jnp.maximum(1.0, jnp.round(1.0 / jnp.maximum(image_weight * _patch_count(rows), 1e-9)))
+        error = error * jnp.where(rows.noised, 1.0 / jnp.maximum(image_weight * copies, 1e-9), 0.0)
+    return Losses(
+        text=jnp.sum(nats * weight),
+        text_weight=jnp.sum(weight),
+        image=jnp.sum(jnp.where(rows.noised, error, 0.0) * image_weight),
+        image_weight=jnp.sum(image_weight),
+    )
+
+
+def _patch_count(rows: Rows) -> jax.Array:
+    return (rows.block_end - rows.block_start).astype(jnp.float32)
+
+
+def combine(losses: Losses, diffusion: config.Diffusion) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Sums to (loss, metrics)."""
+    text = losses.text / jnp.maximum(losses.text_weight, 1e-9)
+    image = losses.image / jnp.maximum(losses.image_weight, 1e-9)
+    loss = text + diffusion.image_scale * image
+    return loss, {"loss": loss, "text_loss": text, "image_loss": image}
+
+
+def make_train_step(
+    network: Network, cfg: config.Config, tx: optax.GradientTransformation
+) -> Callable[[TrainState, Rows], tuple[TrainState, dict[str, jax.Array]]]:
+    """The pure step `(state, rows) -> (state, metrics)`; jit it with the state donated.
+
+    With `training.accumulate` = n the batch is worked through in n pieces whose gradients add up to exactly the
+    gradient of the whole batch: every piece is divided by the weights of the whole batch.
+    """
+    pieces, diffusion = cfg.training.accumulate, cfg.diffusion
+
+    def train_step(state: TrainState, rows: Rows):
+        key = jax.random.fold_in(state.key, state.step)
+        u = block_times(rows, jax.random.fold_in(key, PURPOSES["times"]), diffusion)
+        eps = jax.random.normal(jax.random.fold_in(key, PURPOSES["noise"]), rows.patches.shape, jnp.float32)
+        text_weight = jnp.maximum(rows.text_weight[:, 1:].sum(), 1e-9)
+        image_weight = jnp.maximum(rows.image_weight.sum(), 1e-9)
+
+        def loss_of(params, piece):
+            sums = loss_sums(network, diffusion, params, *piece)
+            return sums.text / text_weight + diffusion.image_scale * sums.image / image_weight, sums
+
+        grad_of = jax.value_and_grad(loss_of, has_aux=True)
+        if pieces == 1:
+            (_, sums), grads = grad_of(state.params, (rows, u, eps))
+        else:
+            # piece i takes rows i, i + n, ...: a batch sharded over devices stays sharded
+            split = jax.tree.map(lambda a: a.reshape(-1, pieces, *a.shape[1:]).swapaxes(0, 1), (rows, u, eps))
+
+            def add(total, piece):
+                (_, sums), grads = grad_of(state.params, piece)
+                return jax.tree.map(jnp.add, total, (sums, grads)), None
+
+            zero = jax.tree.map(jnp.zeros_like, state.params)
+            nothing = jnp.zeros((), jnp.float32)
+            (sums, grads), _ = jax.lax.scan(add, (Losses(nothing, nothing, nothing, nothing), zero), split)
+        loss, metrics = combine(sums, diffusion)
+        state, guarded = apply_guarded(state, grads, loss, tx, cfg.training.ema)
+        return state, metrics | guarded
+
+    return train_step
