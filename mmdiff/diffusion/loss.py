@@ -15,7 +15,7 @@ the weight on an error of eps is w_x sigma^2/alpha^2 (min(1, gamma/SNR) and sigm
 that on an error of v is w_x u^2. The network's own error gets the weight of its own space, where what could blow up has
 cancelled: nothing is clipped, and `loss` makes no difference. Note that (4) is (3) with sd^2 = exp(-bias).
 
-Shapes: output, x, eps are [..., P]; alpha and sigma broadcast against them (usually [..., 1]); the error is [...] float32.
+Shapes: output, x, eps are [..., P]; alpha and sigma broadcast against them (usually [..., 1]); errors [...] float32.
 Sources: JiT arXiv 2511.13720; Min-SNR arXiv 2303.09556; soft-min-SNR arXiv 2401.11605 (HDiT); sigmoid arXiv 2410.19324
 (SiD2).
 """

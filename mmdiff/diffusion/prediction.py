@@ -12,13 +12,13 @@ so that the conversions are those of the flow:
     eps         (y - u eps) / [1-u]      eps                      (eps - y) / [1-u]
     v           y - u v                  y + (1-u) v              v
 
-[d] = max(d, clip) bounds the divisors. For the flow, y = z, and x -> v is JiT's v_hat = (z - x_hat) / max(u, clip). Each
-entry is affine in the prediction, so the error of a prediction is only multiplied by the slope of its entry:
+[d] = max(d, clip) bounds the divisors. For the flow, y = z, and x -> v is JiT's v_hat = (z - x_hat) / max(u, clip).
+Each entry is affine in the prediction, so the error of a prediction is only multiplied by the slope of its entry:
 
     (2) convert(output) - convert(truth) = gain (output - truth)
 
-Clipping makes a conversion biased where it acts, on both sides of a loss alike: a perfect prediction still has no error.
-A sampler that turns eps into x at noise level s therefore needs a clip below 1 / (1 + s); x from x or v is never clipped.
+Clipping biases a conversion where it acts, on both sides of a loss alike: a perfect prediction still has no error. A
+sampler that turns eps into x at noise level s therefore needs a clip below 1 / (1 + s); x from x or v is never clipped.
 
 Shapes: output and z are [..., P]; alpha and sigma broadcast against them (usually [..., 1]).
 Source: JiT, arXiv 2511.13720, Table 1 (there t = 1 - u and v has the opposite sign).

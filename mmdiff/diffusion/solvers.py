@@ -72,7 +72,7 @@ def solve(
 
 
 def integrate(denoise: Denoise, x_init: jax.Array, table: Table, noise: Noise | None = None) -> jax.Array:
-    """Run a table, equations (7) and (8). As an argument of a jitted function, a table of new levels compiles nothing."""
+    """Run a table, equations (7) and (8). Passed to a jitted function as an argument, new levels compile nothing."""
     dtype = jnp.promote_types(x_init.dtype, jnp.float32)
     x = x_init.astype(dtype)
     rows = jax.tree.map(lambda a: jnp.asarray(a, dtype), table)
@@ -128,7 +128,7 @@ def make_table(solver: str, sigmas: np.ndarray) -> Table:
 
 
 def _combine(coefficients: jax.Array, *terms: jax.Array) -> jax.Array:
-    return sum(c * term for c, term in zip(coefficients, terms, strict=True))
+    return sum((c * term for c, term in zip(coefficients, terms, strict=True)), jnp.zeros_like(terms[0]))
 
 
 def _one_stage(sigmas, predict, correct=None, noise_scale=None) -> Table:

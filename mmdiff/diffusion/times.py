@@ -21,7 +21,7 @@ from mmdiff.diffusion import schedule
 def sample_times(diffusion: config.Diffusion, r: jax.Array) -> jax.Array:
     """Noise times u in [0, 1] for uniform numbers r in (0, 1), of the same shape.
 
-    `logit_normal` decreases in r and `uniform` increases; the ends of r may round to u = 0 or 1, where every loss is finite.
+    `logit_normal` decreases in r and `uniform` increases; u may round to 0 or 1, where losses are finite.
     """
     match diffusion.time_sampling:
         case "logit_normal":

@@ -177,7 +177,7 @@ def test_convergence_order_on_a_gaussian(solver, grid, order):
 
 @pytest.mark.parametrize("solver", [*DETERMINISTIC, "ddpm"])
 def test_ends_with_x_hat(solver):
-    """A denoiser that knows the answer gives it exactly, for every number of evaluations; the last state is still noisy."""
+    """A denoiser that knows the answer gives it exactly, for any number of evaluations; the last state is noisy."""
     answer = jnp.linspace(-1, 1, 7)
     start = SIGMA_MAX * jax.random.normal(jax.random.key(0), (7,))
 
