@@ -1,16 +1,11 @@
 """Checkpoints that are checked when they are read. The one module that knows orbax.
 
-A folder holds one directory per step, each with the items `params`, `ema` and `rest` (all other leaves of the state,
-typed PRNG keys as their uint32 words) and `meta`, a JSON object: what the caller passed, and
+A folder holds one directory per step, each with the items `params`, `ema` and `rest` (all other leaves of the state)
+and `meta`, a JSON object: what the caller passed, and
 
     format, step, versions, leaves {path: [dtype, shape, fingerprint]}, digest (SHA-256 of all of the above)
 
-Storage does not notice a flipped bit, so every leaf has a fingerprint, a sum modulo 2^32 over its 32-bit words w_i,
-
-    (1) sum_i mix(w_i xor mix(i + 1))            mix: the bijective finaliser of MurmurHash3
-
-A change of one word always shows, any other with probability 1 - 2^-32. The sum is computed where the array lives and
-does not depend on how it is sharded.
+Storage does not notice a flipped bit; the fingerprints (mmdiff/training/state.py) do.
 
 Damage (bits, truncation, a missing item) is answered by the newest older checkpoint that is whole, loudly. A whole
 checkpoint of a different model is no damage: that is an error, and nothing older is tried.
@@ -19,13 +14,11 @@ checkpoint of a different model is no damage: that is an error, and nothing olde
 import hashlib
 import importlib.metadata
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -33,9 +26,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 import mmdiff
+from mmdiff.training.state import fingerprint, named_leaves
 
 FORMAT = 1
-_ITEMS = ("params", "ema", "rest")
 
 logging.set_verbosity(logging.ERROR)  # orbax narrates every save
 
@@ -80,17 +73,11 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint {step} would hold the state of step {int(state.step)}")
         if self.steps() and self.steps()[-1] > step:
             raise CheckpointError(f"checkpoint {step} not written: {self._folder} has a newer one, {self.steps()[-1]}")
-        leaves = _leaves(state)
-        items: dict[str, dict] = {name: {} for name in _ITEMS}
-        for path, leaf in leaves.items():
-            item, name = _place(path)
-            items[item][name] = jax.random.key_data(leaf) if _is_key(leaf) else leaf
-        record = _sealed(meta, step, leaves)
-        saves = {name: ocp.args.StandardSave(_nested(item)) for name, item in items.items()}
+        leaves = named_leaves(state)
+        items = {name: ocp.args.StandardSave(item) for name, item in _items(leaves).items()}
         try:
-            return self._manager.save(
-                step, args=ocp.args.Composite(**saves, meta=ocp.args.JsonSave(record)), force=True
-            )
+            args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(_sealed(meta, step, leaves)))
+            return self._manager.save(step, args=args, force=True)
         except Exception as error:
             raise CheckpointError(f"checkpoint {step} could not be written: {_line(error)}") from error
 
@@ -119,7 +106,7 @@ class Checkpoints:
           CheckpointError: the checkpoint belongs to another model; `strict` and damaged; or every one is damaged.
         """
         self.wait()
-        wanted = _leaves(like)
+        wanted = named_leaves(like)
 
         def read(step):
             meta = _read_meta(self._manager, step)
@@ -136,8 +123,10 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> None:
         if jax.process_index() == 0:
-            names = (f"{step}.damaged{suffix}" for suffix in ("", *(f".{i}" for i in range(2, 1000))))
-            (self._folder / str(step)).rename(next(p for p in map(self._folder.joinpath, names) if not p.exists()))
+            aside = self._folder / f"{step}.damaged"
+            if aside.exists():
+                aside.rmtree()
+            (self._folder / str(step)).rename(aside)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"checkpoint {step} set aside")
         self._manager.reload()
@@ -168,31 +157,7 @@ def restore_params(folder: str | Path, *, ema: bool = True, strict: bool = False
     found = _newest_whole(read, sorted(manager.all_steps()), folder, strict)
     manager.close()
     (leaves, meta), _ = found
-    return _nested({_place(path)[1]: leaf for path, leaf in leaves.items()}), meta
-
-
-def fingerprint(x: jax.Array) -> int:
-    """Equation (1): the same for equal bits, wherever and however the array is stored."""
-    return int(np.asarray(_fingerprint(jax.random.key_data(x) if _is_key(x) else x)))
-
-
-@jax.jit
-def _fingerprint(x):
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
-    narrow = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
-    words = jax.lax.bitcast_convert_type(x, narrow).astype(jnp.uint32)  # 8-byte types gain an axis of 2 words
-    index = jnp.ones((), jnp.uint32)  # row-major index + 1; no reshape, which would gather a sharded array
-    for axis in range(words.ndim):
-        stride = np.uint32(math.prod(words.shape[axis + 1 :]) % 2**32)
-        index = index + stride * jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    return jnp.sum(_mix(words ^ _mix(index)), dtype=jnp.uint32)
-
-
-def _mix(h):
-    h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
-    h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
-    return h ^ (h >> 16)
+    return _items(leaves)[item], meta
 
 
 def _newest_whole(read, steps, folder, strict):
@@ -234,29 +199,23 @@ def _read_meta(manager, step: int) -> dict[str, Any]:
 
 def _read_leaves(manager, step: int, leaves: dict[str, list], wanted: dict[str, Any]) -> dict[str, jax.Array]:
     """The arrays of `wanted` {path: array or ShapeDtypeStruct}, verified against `leaves`, in the order of `wanted`."""
-    items: dict[str, dict] = {}
-    for path, leaf in wanted.items():
-        item, name = _place(path)
-        sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        if _is_key(leaf):
-            leaf = jax.eval_shape(jax.random.key_data, leaf)
-        items.setdefault(item, {})[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    args = {name: ocp.args.StandardRestore(_nested(item)) for name, item in items.items()}
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
+        for path, leaf in wanted.items()
+    }
+    args = {name: ocp.args.StandardRestore(item) for name, item in _items(like).items()}
     try:
         restored = manager.restore(step, args=ocp.args.Composite(**args))
     except Exception as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             raise  # the machine is too small for it; the checkpoint may well be whole
         raise _Damaged(_line(error)) from error
-    found = _leaves({name: restored[name] for name in items})
-    arrays = {}
-    for path, leaf in wanted.items():
-        array = found["/".join(filter(None, _place(path)))]
-        if _is_key(leaf):
-            array = jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
-        if fingerprint(array) != leaves[path][2]:
+    found, arrays = named_leaves({name: restored[name] for name in args}), {}
+    for path in wanted:
+        arrays[path] = found["/".join(_place(path))]
+        if fingerprint(arrays[path]) != leaves[path][2]:
             raise _Damaged(f"leaf {path}: fingerprint differs")
-        arrays[path] = array
     return arrays
 
 
@@ -287,31 +246,23 @@ def _digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _leaves(tree: Any) -> dict[str, Any]:
-    """{path: leaf} in the order of the tree; paths as in `params/blocks/in/kernel`."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
 def _place(path: str) -> tuple[str, str]:
     """The item a leaf is stored in, and its path there."""
     head, _, tail = path.partition("/")
     return (head, tail) if head in ("params", "ema") else ("rest", path)
 
 
-def _nested(leaves: dict[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
+def _items(leaves: dict[str, Any]) -> dict[str, dict]:
+    """{item: nested dict} of {path: leaf}."""
+    items: dict[str, dict] = {}
     for path, leaf in leaves.items():
-        *above, name = path.split("/")
-        node = tree
+        item, inside = _place(path)
+        *above, name = inside.split("/")
+        node = items.setdefault(item, {})
         for key in above:
             node = node.setdefault(key, {})
         node[name] = leaf
-    return tree
-
-
-def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return items
 
 
 def _absolute(folder: str | Path) -> epath.Path:

@@ -1,16 +1,24 @@
-"""Everything a run carries from one step to the next, and the moving average of its parameters.
+"""Everything a run carries from one step to the next: the moving average of its parameters, and its fingerprints.
 
-    ema <- d ema + (1 - d) params,    d = min(decay, (1 + t) / (10 + t))
+    (1) ema <- d ema + (1 - d) params,    d = min(decay, (1 + t) / (10 + t))
 
-The warm-up of d lets the average forget the random start: it starts as a copy of the parameters, and early steps weigh
-as much as they are worth.
+The average starts as a copy of the parameters; the warm-up of d lets it forget that random start.
+
+The fingerprint of an array with the 32-bit words w_i, i = 0, 1, ... in row-major order, is the sum modulo 2^32
+
+    (2) sum_i mix(w_i xor mix(i + 1))            mix: the bijective finaliser of MurmurHash3
+
+A change of one word always shows, any other change with probability 1 - 2^-32. It is computed where the array lives, and
+a sum of integers does not depend on how the array is sharded.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -53,3 +61,38 @@ def update_ema(ema: Any, params: Any, decay: float, step: jax.Array) -> Any:
     t = jnp.asarray(step, jnp.float32)
     d = jnp.minimum(jnp.float32(decay), (1 + t) / (10 + t))
     return jax.tree.map(lambda e, p: d * e + (1 - d) * p.astype(jnp.float32), ema, params)
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """{path: leaf} in the order of the tree; paths as in `params/blocks/in/kernel`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether an array (or ShapeDtypeStruct) holds typed PRNG keys."""
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def fingerprint(x: jax.Array) -> int:
+    """Equation (2), of any integer, float, bool or PRNG key array: equal for equal bits, wherever it is stored."""
+    return int(np.asarray(_fingerprint(jax.random.key_data(x) if is_key(x) else x)))
+
+
+@jax.jit
+def _fingerprint(x):
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    narrow = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+    words = jax.lax.bitcast_convert_type(x, narrow).astype(jnp.uint32)  # 8-byte types gain an axis of 2 words
+    index = jnp.ones((), jnp.uint32)  # row-major index + 1; no reshape, which would gather a sharded array
+    for axis in range(words.ndim):
+        stride = np.uint32(math.prod(words.shape[axis + 1 :]) % 2**32)
+        index = index + stride * jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    return jnp.sum(_mix(words ^ _mix(index)), dtype=jnp.uint32)
+
+
+def _mix(h):
+    h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)
