@@ -42,24 +42,10 @@ class Transfusion(nnx.Module):
         if not cfg.tie_embeddings:
             self.text_out = Linear(cfg.width, vocabulary_size, rngs, gain=0.0)
 
-    @property
-    def head(self) -> tuple[int, int, int]:
-        """Heads, key width, value width of a cache entry."""
-        cfg = self.cfg
-        if cfg.block == "gau":
-            return 1, cfg.key_width, cfg.expansion * cfg.width
-        return cfg.width // cfg.head_width, cfg.head_width, cfg.head_width
-
     def embed(self, tokens: jax.Array, is_patch: jax.Array, z: jax.Array, u: jax.Array) -> jax.Array:
         """tokens, is_patch, u [b, t] and z [b, t, p] to the stack's input [b, t, d], in the compute type."""
         text = self.text_embedding[...][tokens] * (self.cfg.width**0.5 if self.cfg.tie_embeddings else 1.0)
-        return jnp.where(is_patch[..., None], self.image.embed(z, u), text).astype(self.compute_type)
-
-    @property
-    def compute_type(self):
-        if self.cfg.compute == "auto":
-            return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-        return jnp.dtype(self.cfg.compute)
+        return jnp.where(is_patch[..., None], self.image.embed(z, u), text).astype(Network(self.cfg, 0).compute_type)
 
     def stack(
         self, x: jax.Array, position: jax.Array, mask: IntervalMask, cache: KeyValue | None = None, keep: bool = False
@@ -111,6 +97,21 @@ class Network:
 
     cfg: config.Model
     vocabulary_size: int
+
+    @property
+    def head(self) -> tuple[int, int, int]:
+        """Heads, key width and value width of a cache entry."""
+        cfg = self.cfg
+        if cfg.block == "gau":
+            return 1, cfg.key_width, cfg.expansion * cfg.width
+        return cfg.width // cfg.head_width, cfg.head_width, cfg.head_width
+
+    @property
+    def compute_type(self):
+        """bfloat16 on accelerators and float32 on CPU, unless the configuration says otherwise."""
+        if self.cfg.compute == "auto":
+            return jnp.dtype("float32") if jax.default_backend() == "cpu" else jnp.dtype("bfloat16")
+        return jnp.dtype(self.cfg.compute)
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Fresh parameters: a plain nested dict of float32 arrays."""

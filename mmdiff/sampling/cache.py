@@ -1,0 +1,117 @@
+"""The cache of a batch of growing documents, and the program that appends to it.
+
+Each row of a batch is one document; its context stream fills slots 0 .. length of the cache, in order and without gaps.
+A chunk (the rest of a prompt, or a finished clean image and its [/IMG]) is read by one forward pass against the cache,
+and its keys and values are written behind. Nothing noised ever enters the cache.
+
+Letters: l layers, b rows (documents), s cache slots, t positions of a chunk, p patch values, v vocabulary.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmdiff.layout import IntervalMask, Rows
+from mmdiff.models.transfusion import Network
+from mmdiff.nn.attention import KeyValue
+from mmdiff.training.step import normalise
+
+SLOT_BUCKET = 64  # capacities and chunk lengths are rounded up to few distinct values, so that few programs are compiled
+CHUNK_BUCKET = 16
+
+
+class Cache(NamedTuple):
+    """Context of b documents."""
+
+    kv: KeyValue  # [l, b, s, h, .]
+    length: jax.Array  # int32 [b], slots in use
+
+
+class Chunk(NamedTuple):
+    """The next t positions of each document's stream; rows shorter than t are padded."""
+
+    tokens: np.ndarray  # int32 [b, t]
+    patches: np.ndarray  # uint8 [b, t, p]
+    is_patch: np.ndarray  # bool [b, t]
+    position: np.ndarray  # float32 [b, t, 2]
+    read: np.ndarray  # int32 [b, t]; own positions [0, read) that each may read, beside the whole cache
+    count: np.ndarray  # int32 [b]; positions that are not padding
+
+
+def empty_cache(network: Network, rows: int, slots: int, dtype) -> Cache:
+    """Room for `slots` positions in each of `rows` documents."""
+    heads, key_width, value_width = network.head
+    lead = (network.cfg.depth, rows, round_up(slots, SLOT_BUCKET), heads)
+    kv = KeyValue(jnp.zeros((*lead, key_width), dtype), jnp.zeros((*lead, value_width), dtype))
+    return Cache(kv, jnp.zeros(rows, jnp.int32))
+
+
+def grow(cache: Cache, slots: int) -> Cache:
+    """The same cache with room for at least `slots` positions."""
+    extra = round_up(slots, SLOT_BUCKET) - cache.kv.k.shape[2]
+    if extra <= 0:
+        return cache
+    pad = [(0, 0), (0, 0), (0, extra), (0, 0), (0, 0)]
+    return cache._replace(kv=KeyValue(jnp.pad(cache.kv.k, pad), jnp.pad(cache.kv.v, pad)))
+
+
+def make_chunk(streams: list[Rows], starts: list[int], patch_values: int) -> Chunk:
+    """The positions from `starts[b]` on of each laid-out stream (no noised blocks), padded to a common length."""
+    counts = [len(stream.tokens) - start for stream, start in zip(streams, starts, strict=True)]
+    rows, length = len(streams), round_up(max(counts), CHUNK_BUCKET)
+    chunk = Chunk(
+        tokens=np.zeros((rows, length), np.int32),
+        patches=np.zeros((rows, length, patch_values), np.uint8),
+        is_patch=np.zeros((rows, length), bool),
+        position=np.zeros((rows, length, 2), np.float32),
+        read=np.zeros((rows, length), np.int32),
+        count=np.asarray(counts, np.int32),
+    )
+    for b, (stream, start, count) in enumerate(zip(streams, starts, counts, strict=True)):
+        for name in ("tokens", "patches", "is_patch", "position"):
+            getattr(chunk, name)[b, :count] = getattr(stream, name)[start:]
+        chunk.read[b, :count] = stream.context_end[start:] - start
+    return chunk
+
+
+@functools.partial(jax.jit, static_argnames="network", donate_argnames="cache")
+def extend(network: Network, params: Any, cache: Cache, chunk: Chunk) -> tuple[Cache, jax.Array]:
+    """Append a chunk to every document.
+
+    Returns:
+      the cache, and float32 logits [b, v] of the token that follows (of the last position before, for an empty chunk:
+      meaningless, keep the old ones).
+    """
+    model = network.bind(params)
+    rows, length = chunk.tokens.shape
+    x = model.embed(chunk.tokens, chunk.is_patch, normalise(chunk.patches), jnp.zeros((rows, length)))
+    slots = cache.kv.k.shape[2]
+    here = jnp.arange(length, dtype=jnp.int32)[None] + slots
+    real = here < slots + chunk.count[:, None]
+    mask = IntervalMask(
+        context_start=jnp.zeros_like(chunk.read),
+        context_end=jnp.where(real, cache.length[:, None], 0),
+        block_start=jnp.where(real, slots, here),  # padding reads itself
+        block_end=jnp.where(real, slots + chunk.read, here + 1),
+    )
+    hidden, own = model.stack(x, chunk.position, mask, cache.kv, keep=True)
+    last = jnp.take_along_axis(hidden, jnp.maximum(chunk.count - 1, 0)[:, None, None], axis=1)[:, 0]
+    return append(cache, own, chunk.count), model.text_logits(last)
+
+
+def append(cache: Cache, own: KeyValue, count: jax.Array) -> Cache:
+    """Write the first `count[b]` of the new keys and values [l, b, t, h, .] behind each document's last slot."""
+    rows, length = own.k.shape[1:3]
+    offset = jnp.arange(length, dtype=jnp.int32)[None]
+    slots = jnp.where(offset < count[:, None], cache.length[:, None] + offset, cache.kv.k.shape[2])  # out of range: dropped
+    row = jnp.arange(rows)[:, None]
+    k = cache.kv.k.at[:, row, slots].set(own.k, mode="drop")
+    v = cache.kv.v.at[:, row, slots].set(own.v, mode="drop")
+    return Cache(KeyValue(k, v), cache.length + count)
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

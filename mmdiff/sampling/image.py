@@ -1,0 +1,118 @@
+"""The image phase: every document whose image is due draws it, all solver steps in one compiled loop.
+
+Each network evaluation runs only the n patches of the image against the cached context:
+
+    X = z / alpha = x + sigma eps        u = sigma / (1 + sigma)        x_hat = to_x(network(alpha X, u | cache))
+
+With guidance the batch holds each document twice, the second time with the cache of its unconditional prompt
+(layout.drop_text). Known pixels (inpainting) are clamped in x_hat; since X starts at known + sigma_max eps, this is the
+same as noising them anew at every step. Letters: b rows (documents), n patches, p patch values.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmdiff import config
+from mmdiff.diffusion import guidance, prediction
+from mmdiff.diffusion.schedule import make_schedule, time_of
+from mmdiff.diffusion.solvers import Table, integrate
+from mmdiff.layout import IntervalMask
+from mmdiff.models.transfusion import Network
+from mmdiff.sampling.cache import Cache
+
+
+class Canvas(NamedTuple):
+    """Where and how big the images are; documents with fewer than n patches are padded."""
+
+    position: np.ndarray  # float32 [g, b, n, 2]; g = 2 with guidance (unconditional second), else 1
+    count: np.ndarray  # int32 [b]
+    known: np.ndarray | None  # float32 [b, n, p] in [-1, 1]
+    repaint: np.ndarray | None  # bool [b, n, p]; True is drawn, False keeps `known`
+
+
+class Guidance(NamedTuple):
+    scale: jax.Array
+    lowest: jax.Array  # noise levels between which it acts
+    highest: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("network", "diffusion"))
+def draw(
+    network: Network,
+    diffusion: config.Diffusion,
+    params: Any,
+    caches: tuple[Cache, ...],
+    canvas: Canvas,
+    table: Table,
+    keys: jax.Array,
+    guide: Guidance,
+) -> jax.Array:
+    """Sample images.
+
+    Args:
+      caches: the documents' context; with guidance also that of their unconditional prompts, of equal capacity.
+      table: solver and grid (solvers.make_table).
+      keys: [b] PRNG keys; noise of patch i does not depend on the padding.
+    Returns:
+      uint8 [b, n, p].
+    """
+    model = network.bind(params)
+    joined = caches[0] if len(caches) == 1 else jax.tree.map(lambda *c: jnp.concatenate(c, axis=c[0].ndim > 1), *caches)
+    one = functools.partial(_predict, model, diffusion, caches[0], canvas.position[:1], canvas.count)
+    both = functools.partial(_predict, model, diffusion, joined, canvas.position, canvas.count)
+
+    def denoise(point: jax.Array, sigma: jax.Array) -> jax.Array:
+        if len(caches) == 1:
+            x_hat = one(point, sigma)
+        else:
+            inside = guidance.inside(sigma, (guide.lowest, guide.highest))
+            x_hat = jax.lax.cond(
+                inside,
+                lambda: guidance.guided(*jnp.split(both(jnp.concatenate([point, point]), sigma), 2), guide.scale),
+                lambda: one(point, sigma),
+            )
+        return x_hat if canvas.repaint is None else jnp.where(canvas.repaint, x_hat, canvas.known)
+
+    shape = (canvas.position.shape[2], model.image.values)
+
+    def noise(step: jax.Array) -> jax.Array:
+        return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), shape))(keys)
+
+    point = table.level[0] * noise(jnp.asarray(0))
+    if canvas.repaint is not None:
+        point = point + jnp.where(canvas.repaint, 0.0, canvas.known)
+    x_hat = integrate(denoise, point, table, lambda step: noise(step + 1))
+    return to_pixels(x_hat)
+
+
+def to_pixels(x: jax.Array) -> jax.Array:
+    """[-1, 1] to uint8, rounded; the inverse of `normalise` on its own values."""
+    return jnp.clip(jnp.rint((x + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
+
+
+def _predict(model, diffusion: config.Diffusion, cache: Cache, position, count, point, sigma) -> jax.Array:
+    """x_hat [b', n, p] of the noised patches `point` = X, with b' documents (2 b with guidance)."""
+    documents, patches = point.shape[:2]
+    u = time_of(sigma)
+    alpha, scale = make_schedule(diffusion)(u)
+    z = point * alpha
+    slots = cache.kv.k.shape[2]
+    here = jnp.broadcast_to(jnp.arange(patches, dtype=jnp.int32), (documents, patches))
+    count = jnp.tile(count, documents // len(count))[:, None]
+    real = here < count
+    mask = IntervalMask(
+        context_start=jnp.zeros_like(here),
+        context_end=jnp.where(real, cache.length[:, None], 0),
+        block_start=slots + jnp.where(real, 0, here),
+        block_end=slots + jnp.where(real, count, here + 1),
+    )
+    always = jnp.ones((documents, patches), bool)
+    x = model.embed(jnp.zeros_like(here), always, z, jnp.full((documents, patches), u))
+    hidden, _ = model.stack(x, position.reshape(documents, patches, 2), mask, cache.kv)
+    output = model.image.predict(hidden)
+    # the smallest clip that keeps eps -> x finite: at sigma_max it must stay below 1 / (1 + sigma)
+    return prediction.convert(output, z, alpha, scale, source=diffusion.prediction, target="x", clip=1e-4)

@@ -1,0 +1,169 @@
+"""The text phase: one compiled loop in which every document that is writing text advances by one token.
+
+A document is in one of these modes, which also say which tokens it may write next:
+
+    TEXT    a text piece, [EOS], or [IMG] while it may still draw        ROWS    <rows r>        COLS    <cols c>
+    MARKER  [IMG], because the prompt asks for an image here             DRAW    nothing: its image is due
+    DONE    nothing
+
+The grammar is enforced by masking logits, so a size is always complete and always fits. Letters: b rows, v vocabulary.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mmdiff.data.vocabulary import Vocabulary
+from mmdiff.layout import IntervalMask
+from mmdiff.models.transfusion import Network
+from mmdiff.sampling.cache import Cache, append
+
+TEXT, MARKER, ROWS, COLS, DRAW, DONE = range(6)
+NEVER = -1e30
+
+
+class Special(NamedTuple):
+    """Token ids the loop must know; hashable."""
+
+    eos: int
+    img: int
+    rows: tuple[int, int]
+    cols: tuple[int, int]
+    text: tuple[int, int]
+
+    @classmethod
+    def of(cls, vocabulary: Vocabulary) -> "Special":
+        ranges = vocabulary.rows_range, vocabulary.cols_range, vocabulary.text_range
+        return cls(vocabulary.eos, vocabulary.img, *ranges)
+
+
+class Writing(NamedTuple):
+    """State of the text phase of b documents."""
+
+    cache: Cache
+    logits: jax.Array  # float32 [b, v] of the next token
+    place: jax.Array  # float32 [b]; position of the last token
+    mode: jax.Array  # int32 [b]
+    budget: jax.Array  # int32 [b]; text tokens that may still be written
+    images: jax.Array  # int32 [b]; images that may still be started
+    grid_rows: jax.Array  # int32 [b]; rows of the image being sized
+    tokens: jax.Array  # int32 [b, m]; what was written in this phase
+    written: jax.Array  # int32 [b]
+
+
+class Choice(NamedTuple):
+    """How tokens are chosen. `rows`, `cols` = 0 leave the image size to the model, up to `patches` patches."""
+
+    temperature: jax.Array
+    top_k: jax.Array  # int32, 0: all
+    top_p: jax.Array
+    min_p: jax.Array
+    rows: jax.Array  # int32
+    cols: jax.Array
+    patches: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("network", "special"), donate_argnames="state")
+def write_text(network: Network, special: Special, params: Any, state: Writing, keys: jax.Array, choice: Choice) -> Writing:
+    """Advance until no document is in TEXT, MARKER, ROWS or COLS. `keys` [b]: one PRNG key per document."""
+    model = network.bind(params)
+    allowed_by_mode = _allowed_tables(special, state.logits.shape[-1])
+    rows = jnp.arange(len(state.mode))
+
+    def active(state: Writing):
+        return jnp.any(state.mode < DRAW)
+
+    def advance(state: Writing) -> Writing:
+        going = state.mode < DRAW
+        allowed = allowed_by_mode[state.mode] & _fits(special, state, choice)
+        # the key is folded with the stream position, so a document's tokens do not depend on its neighbours
+        folded = jax.vmap(jax.random.fold_in)(keys, state.cache.length)
+        token = choose(state.logits, allowed, folded, choice)
+        token = jnp.where(going, token, 0)
+        is_text = (token >= special.text[0]) & (token < special.text[1])
+        budget = state.budget - (going & is_text)
+        mode = _next_mode(special, state.mode, token, budget)
+        forward = going & (token != special.eos)
+        place = state.place + forward
+        hidden, own = _one_token(model, state.cache, token, place)
+        logits = jnp.where(forward[:, None], model.text_logits(hidden[:, 0]), state.logits)
+        slot = jnp.where(going, state.written, state.tokens.shape[1])
+        grid_rows = jnp.where(state.mode == ROWS, token - special.rows[0] + 1, state.grid_rows)
+        return Writing(
+            cache=append(state.cache, own, forward.astype(jnp.int32)),
+            logits=logits,
+            place=place,
+            mode=mode,
+            budget=budget,
+            images=state.images - (going & (token == special.img)),
+            grid_rows=grid_rows,
+            tokens=state.tokens.at[rows, slot].set(token, mode="drop"),
+            written=state.written + going,
+        )
+
+    return jax.lax.while_loop(active, advance, state)
+
+
+def choose(logits: jax.Array, allowed: jax.Array, keys: jax.Array, choice: Choice) -> jax.Array:
+    """Draw a token per row from float32 logits [b, v]; temperature 0 takes the most likely.
+
+    top_k keeps the k most likely, top_p the smallest set with that much probability, min_p those with at least that
+    fraction of the best one's probability; each acts on the distribution after temperature.
+    """
+    logits = jnp.where(allowed, logits, NEVER)
+    greedy = jnp.argmax(logits, axis=-1)
+    warm = logits / jnp.maximum(choice.temperature, 1e-6)
+    ordered = jnp.sort(warm, axis=-1)[:, ::-1]
+    probability = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    size = warm.shape[-1]
+    keep = (before < choice.top_p) & (jnp.arange(size) < jnp.where(choice.top_k > 0, choice.top_k, size))
+    keep &= probability >= choice.min_p * probability[:, :1]
+    keep = keep.at[:, 0].set(True)
+    lowest = jnp.min(jnp.where(keep, ordered, jnp.inf), axis=-1, keepdims=True)
+    warm = jnp.where((warm >= lowest) & allowed, warm, NEVER)
+    drawn = jax.vmap(jax.random.categorical)(keys, warm)
+    return jnp.where(choice.temperature > 0, drawn, greedy).astype(jnp.int32)
+
+
+def _one_token(model, cache: Cache, token: jax.Array, place: jax.Array):
+    """Forward pass of one text token per document: hidden [b, 1, d] and its keys and values."""
+    count, slots = len(token), cache.kv.k.shape[2]
+    zeros = jnp.zeros((count, 1))
+    z = jnp.zeros((count, 1, model.image.values))
+    x = model.embed(token[:, None], zeros > 0, z, zeros)
+    one = jnp.zeros((count, 1), jnp.int32)
+    mask = IntervalMask(one, cache.length[:, None], one + slots, one + slots + 1)
+    position = jnp.broadcast_to(place[:, None, None], (count, 1, 2))
+    return model.stack(x, position, mask, cache.kv, keep=True)
+
+
+def _allowed_tables(special: Special, size: int) -> jax.Array:
+    """bool [modes, v]: what each mode may write, sizes and budgets aside."""
+    ids = jnp.arange(size)
+    inside = lambda span: (ids >= span[0]) & (ids < span[1])
+    text = inside(special.text) | (ids == special.eos) | (ids == special.img)
+    nothing = ids == 0
+    return jnp.stack([text, ids == special.img, inside(special.rows), inside(special.cols), nothing, nothing])
+
+
+def _fits(special: Special, state: Writing, choice: Choice) -> jax.Array:
+    """bool [b, v]: image budget and image size."""
+    ids = jnp.arange(state.logits.shape[-1])[None]
+    starting = (ids != special.img) | (state.images > 0)[:, None]
+    r = ids - special.rows[0] + 1
+    is_rows = (ids >= special.rows[0]) & (ids < special.rows[1])
+    fits_rows = jnp.where(choice.rows > 0, r == choice.rows, r <= choice.patches)
+    c = ids - special.cols[0] + 1
+    is_cols = (ids >= special.cols[0]) & (ids < special.cols[1])
+    fits_cols = jnp.where(choice.cols > 0, c == choice.cols, c * state.grid_rows[:, None] <= choice.patches)
+    return starting & (~is_rows | fits_rows) & (~is_cols | fits_cols)
+
+
+def _next_mode(special: Special, mode, token, budget) -> jax.Array:
+    after_text = jnp.where(budget > 0, TEXT, DONE)
+    after = jnp.where(token == special.img, ROWS, jnp.where(token == special.eos, DONE, after_text))
+    follow = jnp.stack([after, jnp.full_like(mode, ROWS), jnp.full_like(mode, COLS), jnp.full_like(mode, DRAW), mode, mode])
+    return jnp.take_along_axis(follow, mode[None], axis=0)[0]
