@@ -5,17 +5,19 @@ An epoch is a packing plan over all documents; its random choices (dropped texts
 fingerprint of the data, no iterator state, and any number of processes or workers reads identical batches.
 """
 
+import bisect
 import hashlib
+import threading
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from mmdiff import config
-from mmdiff.data.packing import pack_plan, waste
+from mmdiff.data.packing import pack_plan, row_count, waste
+from mmdiff.data.sources import Source
 from mmdiff.data.vocabulary import Vocabulary
-from mmdiff.document import DataError, Document, Image
+from mmdiff.document import DataError, Text
 from mmdiff.layout import (
     ImagePiece,
     Piece,
@@ -25,24 +27,15 @@ from mmdiff.layout import (
     laid_length,
     lay_out,
     pack,
+    patchify,
     plan_images,
     stack,
+    unpatchify,
 )
-from mmdiff.layout import text_pieces as cut_document
 
-CACHE_BYTES = 2**30  # tokenised and cut documents kept in memory
-
-
-class Source(Protocol):
-    """A finite, random-access set of documents."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Document: ...
-
-    def outline(self, index: int) -> Document | list:
-        """The document without its pixels: Text, or (height, width, learn) for an image."""
-        ...
+CACHE_BYTES = 2**30  # patches kept in memory
+PLANS = 3  # epochs whose plans are kept: a reader ahead and a reader behind straddle two
+SAMPLED = 16  # documents whose pixels enter the fingerprint
 
 
 class Choice(NamedTuple):
@@ -55,57 +48,69 @@ class Choice(NamedTuple):
 
 
 class Batches:
-    """Packed rows of a source, by step."""
+    """Packed rows of a source, by step. Safe to read from several threads."""
 
     def __init__(self, source: Source, vocabulary: Vocabulary, cfg: config.Config, *, learn: bool = True):
-        """`learn=False` is for validation: no text is dropped and nothing is flipped or swapped."""
+        """`learn=False` is for validation: no text is dropped and nothing is flipped.
+
+        Raises:
+          ConfigError: an image is not divisible by the patch, or too large for the vocabulary; names file and line.
+          DataError: no documents, or one that does not fit a row.
+        """
         if len(source) == 0:
             raise DataError("the data set holds no document.")
         self.source, self.vocabulary, self.cfg = source, vocabulary, cfg
-        layout = cfg.layout
-        self.rates = (
-            (layout.text_drop, layout.trailing_context, 0.5 * (cfg.data.order == "both"), 0.5 * cfg.data.flip)
-            if learn
-            else (0.0, layout.trailing_context, 0.5 * (cfg.data.order == "both"), 0.0)
-        )
+        layout, data = cfg.layout, cfg.data
+        drop, flip = (layout.text_drop, 0.5 * data.flip) if learn else (0.0, 0.0)
+        self.rates = Choice(drop, layout.trailing_context, 0.5 * (data.order == "both"), flip)
         self.outlines = [self._outline(i) for i in range(len(source))]
-        self._lengths: dict[tuple, np.ndarray] = {}
-        self._plans: dict[int, tuple[list[list[int]], np.ndarray]] = {}
-        self._ends: list[int] = []  # global number of the first row after each epoch planned so far
+        self._lengths = self._variant_lengths()
+        self._ends: list[int] = []  # global number of the first row after each epoch counted so far
+        self._plans: dict[int, tuple[list[np.ndarray], np.ndarray]] = {}
         self._cache: dict[int, list[Piece]] = {}
         self._cached_bytes = 0
+        self._lock = threading.RLock()
         self._check_lengths()
 
     @property
     def fingerprint(self) -> str:
-        """Identifies documents (by outline and sampled pixels), vocabulary and everything the batches depend on."""
-        digest = hashlib.sha256(f"{self.vocabulary.fingerprint} {self.cfg.layout} {self.cfg.data}".encode())
+        """Identifies what the sequence of rows depends on: texts, image sizes, vocabulary, layout, seed, and the pixels
+        of a few documents."""
+        cfg = self.cfg
+        settings = (cfg.layout, cfg.model.patch, cfg.model.positions, cfg.training.seed, self.rates)
+        digest = hashlib.sha256(f"{self.vocabulary.fingerprint} {settings}".encode())
         for outline in self.outlines:
-            digest.update(repr([(len(p.tokens), *p.tokens[:8]) if isinstance(p, TextPiece) else p[1:] for p in outline]).encode())
-        for index in np.linspace(0, len(self.source) - 1, num=min(16, len(self.source)), dtype=int):
+            for piece in outline:
+                if isinstance(piece, TextPiece):
+                    digest.update(b"text%d %d " % (len(piece.tokens), piece.learn) + piece.tokens.tobytes())
+                else:
+                    digest.update(b"image%d %d %d " % piece[1:])
+            digest.update(b"end ")
+        for index in np.unique(np.linspace(0, len(self.source) - 1, num=SAMPLED, dtype=int)):
             for piece in self.pieces(int(index)):
-                digest.update((piece.patches if isinstance(piece, ImagePiece) else piece.tokens).tobytes())
+                if isinstance(piece, ImagePiece):
+                    digest.update(piece.patches.tobytes())
         return digest.hexdigest()[:16]
 
     def waste(self) -> float:
         """Fraction of padding in the first epoch."""
-        plan, choices = self._plan(0)
-        return waste(self._choice_lengths(choices), plan, self.cfg.layout.row_length)
+        lengths = self._epoch_lengths(self._choices(0, self._rng(0)))
+        return waste(lengths, self.rows_per_epoch(), self.cfg.layout.row_length)
 
     def rows_per_epoch(self) -> int:
-        return len(self._plan(0)[0])
+        """Rows of the first epoch; later ones differ a little, as other texts are dropped."""
+        return self._end(0)
+
+    def epoch(self, step: int) -> float:
+        """Epochs read before `step`, with its fraction."""
+        number, member = self._locate(step * self.cfg.training.batch_size)
+        return number + member / (self._end(number) - (self._end(number - 1) if number else 0))
 
     def row(self, number: int) -> Rows:
         """The global row `number`, epochs laid end to end."""
-        epoch = 0
-        while epoch >= len(self._ends) or number >= self._ends[epoch]:
-            if epoch >= len(self._ends):
-                self._ends.append((self._ends[-1] if self._ends else 0) + len(self._plan(epoch)[0]))
-            else:
-                epoch += 1
+        epoch, member = self._locate(number)
         plan, choices = self._plan(epoch)
-        members = plan[number - (self._ends[epoch - 1] if epoch else 0)]
-        return pack([self.laid(i, Choice(*choices[i])) for i in members], self.cfg.layout.row_length)
+        return pack([self.laid(i, Choice(*choices[i].tolist())) for i in plan[member].tolist()], self.cfg.layout.row_length)
 
     def batch(self, step: int) -> Rows:
         """Rows [batch_size, row_length] of one optimiser step."""
@@ -113,9 +118,11 @@ class Batches:
         return stack([self.row(step * size + i) for i in range(size)])
 
     def iterate(self, start: int, stop: int) -> Iterator[Rows]:
-        """Batches of the steps [start, stop), prepared ahead by grain's reading threads."""
+        """Batches of the steps [start, stop), prepared ahead in a thread."""
         import grain
 
+        if start >= stop:
+            return
         dataset = grain.MapDataset.source(_Steps(self, stop))
         iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
         grain.experimental.set_next_index(iterator, start)
@@ -143,67 +150,108 @@ class Batches:
 
     def pieces(self, index: int) -> list[Piece]:
         """Document `index`, tokenised and cut; kept in memory while there is room."""
-        if index in self._cache:
-            return self._cache[index]
-        pieces = cut_document(self.source[index], self.vocabulary, self.cfg.model.patch)
-        size = sum((p.patches if isinstance(p, ImagePiece) else p.tokens).nbytes for p in pieces)
-        if self._cached_bytes + size <= CACHE_BYTES:
-            self._cached_bytes += size
-            self._cache[index] = pieces
+        known = self._cache.get(index)
+        if known is not None:
+            return known
+        images, patch = iter(self.source[index].images), self.cfg.model.patch
+        pieces, size = [], 0
+        for piece in self.outlines[index]:
+            if isinstance(piece, ImagePiece):
+                pixels = next(images).pixels
+                if pixels.shape[:2] != (piece.grid_rows * patch, piece.grid_cols * patch):
+                    raise DataError(f"{self.source.where(index)}: an image changed its size after training began.")
+                piece = piece._replace(patches=patchify(pixels, patch))
+                size += piece.patches.nbytes
+            pieces.append(piece)
+        with self._lock:
+            if index not in self._cache and self._cached_bytes + size <= CACHE_BYTES:
+                self._cached_bytes += size
+                self._cache[index] = pieces
         return pieces
 
     def _outline(self, index: int) -> list[Piece]:
         patch, pieces = self.cfg.model.patch, []
         for segment in self.source.outline(index):
-            if isinstance(segment, Image):
-                segment = (segment.height, segment.width, segment.learn)
-            if isinstance(segment, tuple):
-                height, width, learn = segment
-                config.check_image_size(height, width, patch, f"document {index}")
-                self.vocabulary.rows(height // patch), self.vocabulary.cols(width // patch)
-                pieces.append(ImagePiece(None, height // patch, width // patch, learn))
-            else:
+            if isinstance(segment, Text):
                 pieces.append(TextPiece(np.asarray(self.vocabulary.encode(segment.text), np.int32), segment.learn))
+                continue
+            height, width, learn = segment
+            where = self.source.where(index)
+            config.check_image_size(height, width, patch, where)
+            try:
+                self.vocabulary.rows(height // patch), self.vocabulary.cols(width // patch)
+            except config.ConfigError as error:
+                raise config.ConfigError(f"{where}: {error}") from error
+            pieces.append(ImagePiece(None, height // patch, width // patch, learn))
         return pieces
 
-    def _variant_lengths(self, drop: bool, trailing: bool, swap: bool) -> np.ndarray:
-        key = (bool(drop), bool(trailing), bool(swap))
-        if key not in self._lengths:
+    # Lengths and plans.
+
+    def _variant_lengths(self) -> np.ndarray:
+        """Positions of every document under every choice, int [8, documents]: row 4 drop + 2 trailing + swap."""
+        variants: list[np.ndarray | None] = [None] * 8
+        layout = self.cfg.layout
+        for variant in range(8):
+            drop, trailing, swap = bool(variant & 4), bool(variant & 2), bool(variant & 1)
+            if any(chosen and not rate for chosen, rate in zip((drop, trailing, swap), self.rates[:3], strict=True)):
+                continue
             lengths = []
             for pieces in self.outlines:
                 pieces = _swapped(pieces) if swap else pieces
                 pieces = drop_text(pieces) if drop else pieces
-                lengths.append(laid_length(pieces, plan_images(pieces, self.cfg.layout, trailing), self.cfg.layout))
-            self._lengths[key] = np.asarray(lengths)
-        return self._lengths[key]
-
-    def _choice_lengths(self, choices: np.ndarray) -> np.ndarray:
-        lengths = np.zeros(len(self.outlines), int)
-        for key in np.unique(choices[:, :3], axis=0):
-            chosen = (choices[:, :3] == key).all(axis=1)
-            lengths[chosen] = self._variant_lengths(*key)[chosen]
-        return lengths
+                lengths.append(laid_length(pieces, plan_images(pieces, layout, trailing), layout))
+            variants[variant] = np.asarray(lengths)
+        unused = np.zeros(len(self.outlines), int)
+        return np.stack([unused if lengths is None else lengths for lengths in variants])
 
     def _check_lengths(self) -> None:
-        swaps = [False, True] if self.rates[2] else [False]
-        longest = np.max([self._variant_lengths(False, self.rates[1] > 0, s) for s in swaps], axis=0)
-        worst = int(longest.argmax())
-        if longest[worst] > self.cfg.layout.row_length:
+        longest = self._lengths.max(axis=0)
+        worst, length = int(longest.argmax()), self.cfg.layout.row_length
+        if longest[worst] > length:
             raise DataError(
-                f"document {worst} needs {longest[worst]} positions but layout.row_length="
-                f"{self.cfg.layout.row_length}: raise layout.row_length to {longest[worst]} or shrink its images "
-                f"(data.image_size). {(longest > self.cfg.layout.row_length).sum()} documents are too long."
+                f"{self.source.where(worst)} needs {longest[worst]} positions but layout.row_length={length}: raise "
+                f"layout.row_length to {longest[worst]} or shrink the images (data.image_size, or a larger model.patch). "
+                f"{(longest > length).sum()} of {len(longest)} documents are too long."
             )
 
-    def _plan(self, epoch: int) -> tuple[list[list[int]], np.ndarray]:
-        if epoch not in self._plans:
-            rng = np.random.default_rng([self.cfg.training.seed, epoch])
-            choices = rng.random((len(self.outlines), 4)) < np.asarray(self.rates)
-            plan = pack_plan(self._choice_lengths(choices), self.cfg.layout.row_length, rng)
-            while len(self._plans) > 2:  # reading threads straddle at most two epochs
-                self._plans.pop(next(iter(self._plans)))
-            self._plans[epoch] = plan, choices
-        return self._plans[epoch]
+    def _rng(self, epoch: int) -> np.random.Generator:
+        return np.random.default_rng([self.cfg.training.seed, epoch])
+
+    def _choices(self, epoch: int, rng: np.random.Generator) -> np.ndarray:
+        """bool [documents, 4], columns as in `Choice`."""
+        return rng.random((len(self.outlines), 4)) < np.asarray(self.rates)
+
+    def _epoch_lengths(self, choices: np.ndarray) -> np.ndarray:
+        return self._lengths[choices[:, :3] @ np.array([4, 2, 1]), np.arange(len(choices))]
+
+    def _end(self, epoch: int) -> int:
+        """Global number of the first row after `epoch`; counting an epoch's rows does not need its plan."""
+        with self._lock:
+            while len(self._ends) <= epoch:
+                number = len(self._ends)
+                lengths = self._epoch_lengths(self._choices(number, self._rng(number)))
+                before = self._ends[-1] if self._ends else 0
+                self._ends.append(before + row_count(lengths, self.cfg.layout.row_length))
+            return self._ends[epoch]
+
+    def _locate(self, number: int) -> tuple[int, int]:
+        """(epoch, row of that epoch) of a global row."""
+        with self._lock:
+            while not self._ends or self._ends[-1] <= number:
+                self._end(len(self._ends))
+            epoch = bisect.bisect_right(self._ends, number)
+            return epoch, number - (self._ends[epoch - 1] if epoch else 0)
+
+    def _plan(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
+        with self._lock:
+            if epoch not in self._plans:
+                rng = self._rng(epoch)
+                choices = self._choices(epoch, rng)
+                plan = pack_plan(self._epoch_lengths(choices), self.cfg.layout.row_length, rng)
+                while len(self._plans) >= PLANS:
+                    self._plans.pop(next(iter(self._plans)))
+                self._plans[epoch] = plan, choices
+            return self._plans[epoch]
 
 
 class _Steps:
@@ -223,21 +271,10 @@ def _swapped(pieces: Sequence[Piece]) -> list[Piece]:
     """A document of one text and one image in the other order; the image that comes first is only read."""
     if len(pieces) != 2 or isinstance(pieces[0], ImagePiece) == isinstance(pieces[1], ImagePiece):
         return list(pieces)
-    image, text = sorted(pieces, key=lambda p: isinstance(p, TextPiece))
-    if isinstance(pieces[0], TextPiece):
-        return [image._replace(learn=False), text]
-    return [text, image]
+    first, second = pieces
+    return [second._replace(learn=False), first] if isinstance(second, ImagePiece) else [second, first]
 
 
 def _flipped(piece: ImagePiece) -> ImagePiece:
-    from mmdiff.layout import patchify, unpatchify
-
     pixels = unpatchify(piece.patches, piece.grid_rows, piece.grid_cols)
     return piece._replace(patches=patchify(pixels[:, ::-1], pixels.shape[0] // piece.grid_rows))
-
-
-def device_count_check(batch_size: int) -> None:
-    """Raise ConfigError unless the batch divides over the devices."""
-    devices = jax.device_count()
-    if batch_size % devices:
-        raise config.ConfigError(f"training.batch_size={batch_size} is not divisible by the {devices} devices.")
