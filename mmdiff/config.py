@@ -75,9 +75,7 @@ class Model:
                 self.width % self.head_width == 0,
                 f"model.width={self.width} is not a multiple of model.head_width={self.head_width}. Change one of them.",
             )
-            _require(
-                self.head_width % 4 == 0, f"model.head_width={self.head_width} must be a multiple of 4 for 2-D RoPE."
-            )
+            _require(self.head_width % 4 == 0, f"model.head_width={self.head_width} must be a multiple of 4 for 2-D RoPE.")
         _require(self.rope_base > 1, f"model.rope_base={self.rope_base} must be above 1.")
 
     def warnings(self) -> list[str]:
@@ -148,6 +146,10 @@ class Diffusion:
         _require(self.time_std > 0, f"diffusion.time_std={self.time_std} must be positive.")
         _require(self.shift > 0, f"diffusion.shift={self.shift} must be positive.")
         _require(0 < self.clip < 1, f"diffusion.clip={self.clip} must be between 0 and 1.")
+        _require(
+            self.weighting not in ("min_snr", "soft_min_snr") or self.weighting_value > 0,
+            f"diffusion.weighting_value={self.weighting_value} must be positive for weighting={self.weighting!r}.",
+        )
         _require(self.image_scale >= 0, f"diffusion.image_scale={self.image_scale} must not be negative.")
 
 

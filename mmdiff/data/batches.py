@@ -1,7 +1,7 @@
 """Step-indexed batches: the batch is a function of (seed, step) only.
 
-An epoch is a packing plan over all documents; its random choices (dropped texts, trailing clean copies, order) come from
-(seed, epoch), so the plan of any step can be rebuilt from nothing. A checkpoint therefore stores the step and a
+An epoch is a packing plan over all documents; its random choices (dropped texts, trailing clean copies, order) come
+from (seed, epoch), so the plan of any step can be rebuilt from nothing. A checkpoint therefore stores the step and a
 fingerprint of the data, no iterator state, and any number of processes or workers reads identical batches.
 """
 
@@ -110,7 +110,9 @@ class Batches:
         """The global row `number`, epochs laid end to end."""
         epoch, member = self._locate(number)
         plan, choices = self._plan(epoch)
-        return pack([self.laid(i, Choice(*choices[i].tolist())) for i in plan[member].tolist()], self.cfg.layout.row_length)
+        return pack(
+            [self.laid(i, Choice(*choices[i].tolist())) for i in plan[member].tolist()], self.cfg.layout.row_length
+        )
 
     def batch(self, step: int) -> Rows:
         """Rows [batch_size, row_length] of one optimiser step."""
@@ -210,7 +212,7 @@ class Batches:
         if longest[worst] > length:
             raise DataError(
                 f"{self.source.where(worst)} needs {longest[worst]} positions but layout.row_length={length}: raise "
-                f"layout.row_length to {longest[worst]} or shrink the images (data.image_size, or a larger model.patch). "
+                f"layout.row_length to {longest[worst]} or shrink the images (data.image_size; a larger model.patch). "
                 f"{(longest > length).sum()} of {len(longest)} documents are too long."
             )
 

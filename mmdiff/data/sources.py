@@ -81,7 +81,7 @@ def open_source(cfg: config.Config, split: Literal["train", "validation"]) -> So
 
 
 def open_vocabulary(cfg: config.Config, source: Source) -> Vocabulary:
-    """The vocabulary that `data.vocabulary` names; `source` is the training source, whose texts it may be trained on."""
+    """The vocabulary that `data.vocabulary` names; `source`: the training source, whose texts it may learn from."""
     data, max_grid = cfg.data, cfg.layout.max_grid
     prepared = Path(data.path) / "vocabulary.model"
     if data.vocabulary == "bytes":

@@ -27,7 +27,9 @@ class TfdsSource:
         example = self.images[index]
         pixels = np.asarray(example[self.image_key])
         if pixels.ndim != 3 or pixels.dtype != np.uint8 or pixels.shape[2] not in (1, 3):
-            raise DataError(f"{self.where(index)}: {self.image_key!r} is no RGB or grey uint8 image but {pixels.shape}.")
+            raise DataError(
+                f"{self.where(index)}: {self.image_key!r} is no RGB or grey uint8 image but {pixels.shape}."
+            )
         picture = Image(resize(np.repeat(pixels, 3 // pixels.shape[2], axis=2), self.size))
         return Document(*self._texts(example), picture)
 
@@ -84,9 +86,12 @@ def open_tfds(data: config.Data, split: Literal["train", "validation"]) -> TfdsS
             f"data.caption_key={data.caption_key!r} is no feature of {data.path}; it has {others}. "
             "Set it to one of these, or to '' for images alone."
         )
-    caption: Callable[[Any], str] = lambda value: value.decode() if isinstance(value, bytes) else str(value)
-    if kinds.get(data.caption_key) == "ClassLabel":
-        caption = lambda value: features[data.caption_key].int2str(int(value)).replace("_", " ")
+    names = features[data.caption_key] if kinds.get(data.caption_key) == "ClassLabel" else None
+
+    def caption(value: Any) -> str:
+        if names is not None:
+            return names.int2str(int(value)).replace("_", " ")
+        return value.decode() if isinstance(value, bytes) else str(value)
 
     def read(name: str, decoders=None):
         try:

@@ -84,11 +84,14 @@ class Transfusion(nnx.Module):
 
 def _unrolled(layer, x, inputs: Any, depth: int):
     """`jax.lax.scan(layer, x, inputs)` written out layer by layer."""
+    # split, not indexing: its gradient is one concatenation instead of `depth` padded sums
+    leaves, structure = jax.tree.flatten(inputs)
+    slices = [[part[0] for part in jax.lax.split(leaf, (1,) * depth)] for leaf in leaves]
     kept = []
     for index in range(depth):
-        x, own = layer(x, jax.tree.map(lambda leaf, i=index: leaf[i], inputs))
+        x, own = layer(x, jax.tree.unflatten(structure, [parts[index] for parts in slices]))
         kept.append(own)
-    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept)
+    return x, jax.tree.map(lambda *each: jnp.stack(each), *kept)
 
 
 @dataclasses.dataclass(frozen=True)

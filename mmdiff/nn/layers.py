@@ -13,7 +13,9 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(kernel)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x @ self.kernel[...].astype(x.dtype)
+        # flat: with more than one leading axis XLA's CPU backend transposes a copy for the kernel's gradient
+        flat = x.reshape(-1, x.shape[-1]) @ self.kernel[...].astype(x.dtype)
+        return flat.reshape(*x.shape[:-1], -1)
 
 
 class RMSNorm(nnx.Module):

@@ -175,9 +175,7 @@ class _Session:
 
     def __init__(self, model: Model, documents, keys, options: Options, known):
         self.model, self.keys, self.options, self.known = model, keys, options, known
-        self.drafts = [
-            Draft(list(d.segments), [], [], text.TEXT, options.max_tokens, options.max_images) for d in documents
-        ]
+        self.drafts = [Draft(list(d.segments), [], [], text.TEXT, options.max_tokens, options.max_images) for d in documents]
         self.cache: Cache = empty_cache(model.network, len(documents), SLOT_BUCKET, model.network.compute_type)
         self.logits = jnp.zeros((len(documents), model.vocabulary.size), jnp.float32)
 

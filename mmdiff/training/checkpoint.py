@@ -228,8 +228,7 @@ def _compare(step: int, wanted: dict[str, Any], leaves: dict[str, list]) -> None
         dtype, shape, _ = leaves[path]
         if (dtype, list(shape)) != (str(leaf.dtype), list(leaf.shape)):
             raise CheckpointError(
-                f"checkpoint {step}, leaf {path}: {dtype} {list(shape)} there, "
-                f"{leaf.dtype} {list(leaf.shape)} here: {remedy}"
+                f"checkpoint {step}, leaf {path}: {dtype} {list(shape)} there, {leaf.dtype} {list(leaf.shape)} here: {remedy}"
             )
     if extra := [path for path in leaves if path not in wanted]:
         raise CheckpointError(f"checkpoint {step} has a leaf {extra[0]} that is not here: {remedy}")

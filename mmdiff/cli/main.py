@@ -1,0 +1,56 @@
+"""The `mmdiff` command: one thin module per subcommand.
+
+Exit codes: 0 done, 2 usage, 65 bad configuration or data, 70 diverged, 75 preempted after a save.
+"""
+
+import importlib
+import os
+import sys
+
+from mmdiff.config import ConfigError, suggest
+from mmdiff.document import DataError
+
+COMMANDS = {
+    "train": "train a model, or resume one: mmdiff train experiments/quickstart.py --workdir runs/quickstart",
+    "sample": "draw and write documents: mmdiff sample runs/quickstart --prompt 'a large red circle at the top left'",
+    "evaluate": "measure a model: mmdiff evaluate runs/quickstart",
+    "prepare": "validate a data set and write it as shards: mmdiff prepare my_images --out data/mine",
+}
+USAGE, BAD_DATA, DIVERGED, PREEMPTED = 2, 65, 70, 75
+
+
+def help_text() -> str:
+    lines = ["usage: mmdiff COMMAND ...", "", "One transformer that reads and writes documents mixing text and images.", ""]
+    lines += [f"  {name:<9} {what}" for name, what in COMMANDS.items()]
+    return "\n".join([*lines, "", "mmdiff COMMAND --help says more."])
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(help_text(), file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else USAGE
+    if arguments[0] == "--version":
+        import mmdiff
+
+        print(mmdiff.__version__)
+        return 0
+    command = arguments[0]
+    if command not in COMMANDS:
+        print(f"mmdiff: unknown command {command!r}{suggest(command, list(COMMANDS))}", file=sys.stderr)
+        return USAGE
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        return importlib.import_module(f"mmdiff.cli.{command}").main(arguments[1:])
+    except SystemExit as stop:  # argparse and tyro end this way
+        return stop.code if isinstance(stop.code, int) else USAGE
+    except (ConfigError, DataError) as error:
+        print(f"mmdiff {command}: {error}", file=sys.stderr)
+        return BAD_DATA
+    except KeyboardInterrupt:
+        print(f"mmdiff {command}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

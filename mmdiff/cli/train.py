@@ -1,0 +1,90 @@
+"""`mmdiff train`: an experiment file, a workdir, and any field of its configuration."""
+
+import sys
+from pathlib import Path
+
+import tyro
+
+from mmdiff import config
+from mmdiff.cli.main import DIVERGED, PREEMPTED, USAGE
+
+HELP = """usage: mmdiff train EXPERIMENT.py --workdir DIR [--FIELD VALUE ...] [--strict]
+
+Trains the configuration that EXPERIMENT.py's config() returns, or resumes DIR if it holds a run.
+--strict stops at a damaged checkpoint instead of going back to an older one. --fields lists every field.
+
+examples:
+  mmdiff train experiments/quickstart.py --workdir runs/quickstart
+  mmdiff train experiments/quickstart.py --workdir runs/deep --model.depth 8 --training.steps 5000
+  mmdiff train experiments/own_data.py --workdir runs/mine --data.path data/mine
+"""
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return 0 if argv else USAGE
+    experiment, rest = argv[0], argv[1:]
+    if experiment.startswith("-"):
+        print("mmdiff train: the first argument is the experiment file, for example experiments/quickstart.py", file=sys.stderr)
+        return USAGE
+    workdir, rest = take_option(rest, "--workdir")
+    strict = "--strict" in rest
+    rest = [a for a in rest if a != "--strict"]
+    cfg = config.load_experiment(experiment)
+    problem = None if "--fields" in rest else unknown_field(rest)
+    if problem is None and workdir is None and "--fields" not in rest:
+        problem = f"give --workdir, for example --workdir runs/{Path(experiment).stem}"
+    if problem:
+        print(f"mmdiff train: {problem}", file=sys.stderr)
+        return USAGE
+    cfg = override(cfg, ["--help" if a == "--fields" else a for a in rest])
+    from mmdiff.training.checkpoint import CheckpointError
+    from mmdiff.training.guard import Diverged
+    from mmdiff.training.loop import Preempted, train
+
+    try:
+        metrics = train(cfg, workdir, strict=strict)
+    except CheckpointError as error:
+        raise config.ConfigError(str(error)) from error
+    except Diverged as error:
+        print(f"mmdiff train: {error}", file=sys.stderr)
+        return DIVERGED
+    except Preempted as stop:
+        print(f"mmdiff train: {stop}", file=sys.stderr)
+        return PREEMPTED
+    for name, value in metrics.items():
+        print(f"{name:<24} {value:.4f}")
+    return 0
+
+
+def take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
+    """Remove `name VALUE` or `name=VALUE`; returns (VALUE or None, the rest)."""
+    value, rest, skip = None, [], False
+    for index, argument in enumerate(arguments):
+        if skip:
+            skip = False
+        elif argument == name and index + 1 < len(arguments):
+            value, skip = arguments[index + 1], True
+        elif argument.startswith(name + "="):
+            value = argument[len(name) + 1 :]
+        else:
+            rest.append(argument)
+    return value, rest
+
+
+def unknown_field(arguments: list[str]) -> str | None:
+    """A one-line complaint about the first option that names no field, or None."""
+    known = config.field_names(config.Config)
+    for argument in arguments:
+        if argument.startswith("--"):
+            name = argument[2:].split("=")[0].replace("-", "_")
+            plain = name.replace(".no_", ".")
+            if name not in known and plain not in known:
+                return f"unknown field '{name}'{config.suggest(name, known)}"
+    return None
+
+
+def override(cfg: config.Config, arguments: list[str]) -> config.Config:
+    """Apply `--model.width 512` and the like."""
+    return tyro.cli(config.Config, default=cfg, args=arguments, prog="mmdiff train EXPERIMENT.py --workdir DIR")
