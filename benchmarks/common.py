@@ -25,7 +25,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 PEER = "transfusion-pytorch==0.20.0"
-PEER_VENV = HERE / ".venv-transfusion-pytorch"
+PEER_VENV = HERE.parent / ".venv-transfusion-pytorch"
 TORCH = "torch==2.13.0"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 SETTLE_SECONDS = 0.2  # thread pools spin for a moment after their last work
@@ -69,7 +69,9 @@ def timing_handlers(tasks: dict[str, Callable[[], tuple[Callable[[], Any], dict]
 
     def warm(task: str, calls: int) -> dict:
         """Make the task, compile it, let tuners settle; tells how long one call takes afterwards."""
-        call, note = made.setdefault(task, tasks[task]()) if task not in made else made[task]
+        if task not in made:
+            made[task] = tasks[task]()
+        call, note = made[task]
         seconds = [clocked(call) for _ in range(calls)]
         return {"seconds": min(seconds), "first_seconds": seconds[0], "note": note}
 
@@ -137,7 +139,8 @@ class Worker:
             line = ""
         if not line:
             self.process.wait()
-            raise BenchmarkError(f"the worker {self.name!r} ended with exit code {self.process.returncode}:\n{self.last_words()}")
+            code = self.process.returncode
+            raise BenchmarkError(f"the worker {self.name!r} ended with exit code {code}:\n{self.last_words()}")
         answer = json.loads(line)
         if "error" in answer:
             raise BenchmarkError(f"the worker {self.name!r} cannot {do}: {answer['error']}\n{self.last_words()}")
@@ -199,7 +202,7 @@ def peer_python(venv: Path = PEER_VENV) -> Path:
     check = [str(python), "-c", "import torch, transfusion_pytorch"]
     if python.exists() and subprocess.run(check, capture_output=True).returncode == 0:
         return python
-    print(f"installing {PEER} and {TORCH} (CPU) into {venv} ...", file=sys.stderr)
+    say(f"installing {PEER} and {TORCH} (CPU) into {venv} ...")
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     # the CPU build first: the one on PyPI brings gigabytes of CUDA libraries on Linux
     torch = [[TORCH, "--index-url", TORCH_CPU_INDEX, "--retries", "0"], [TORCH], ["torch"]]
@@ -207,7 +210,7 @@ def peer_python(venv: Path = PEER_VENV) -> Path:
     for attempt in torch:
         if subprocess.run([*pip, *attempt], capture_output=True).returncode == 0:
             break
-        print(f"pip install {' '.join(attempt)} failed, trying the next source", file=sys.stderr)
+        say(f"pip install {' '.join(attempt)} failed, trying the next source")
     else:
         raise BenchmarkError(f"torch cannot be installed into {venv}; install it there by hand and run again.")
     _run([*pip, PEER])
@@ -241,7 +244,12 @@ def machine() -> dict[str, Any]:
 def warn_if_busy(load_average: float) -> None:
     """Ratios survive other work on the machine, seconds do not."""
     if load_average > 0.5:
-        print(f"warning: the machine is busy (load average {load_average:.1f}): seconds are not to be trusted", file=sys.stderr)
+        say(f"warning: the machine is busy (load average {load_average:.1f}): seconds are not to be trusted")
+
+
+def say(line: str) -> None:
+    """Progress goes to stderr, so that stdout holds results only."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -19,7 +19,7 @@ MISTAKES = {
     ),
     '{"segments": [{"learn": true}]}': 'd.jsonl:7: segment 1 must hold either "text" or "image".',
     '{"segments": [{"text": "a", "leran": false}]}': (
-        "d.jsonl:7: segment 1 has unknown key 'leran'; allowed beside \"text\": \"learn\"."
+        'd.jsonl:7: segment 1 has unknown key \'leran\'; allowed beside "text": "learn".'
     ),
     '{"segments": [{"text": " "}]}': "d.jsonl:7: segment 1 is an empty text; fill it in or leave the segment out.",
     '{"segments": [{"image": ""}]}': "d.jsonl:7: segment 1 is an empty image path; fill it in or leave the segment out.",
@@ -55,11 +55,14 @@ def test_a_good_line(tmp_path, picture):
 
 def test_blank_lines_are_skipped_but_counted(tmp_path):
     (tmp_path / "documents.jsonl").write_text('\n{"segments": [{"text": "a"}]}\n\n  \n{"segments": [{"text": "b"}]}\n')
-    assert [line.where for line in read_lines(tmp_path / "documents.jsonl")] == ["documents.jsonl:2", "documents.jsonl:5"]
+    assert [line.where for line in read_lines(tmp_path / "documents.jsonl")] == [
+        "documents.jsonl:2",
+        "documents.jsonl:5",
+    ]
 
 
 def test_missing_and_corrupt_images_name_the_line(tmp_path, picture):
-    with pytest.raises(DataError, match=r'^d:1: image .b\.png. not found; paths are relative to documents\.jsonl\.$'):
+    with pytest.raises(DataError, match=r"^d:1: image .b\.png. not found; paths are relative to documents\.jsonl\.$"):
         parse_line('{"segments": [{"image": "b.png"}]}', "d:1").load(tmp_path)
     whole = (tmp_path / "a.png").read_bytes()
     (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])

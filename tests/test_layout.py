@@ -29,6 +29,7 @@ from mmdiff.layout import (
 VOCABULARY = Vocabulary.bytes(max_grid=4)
 FIRST_TEXT = VOCABULARY.text_range[0]
 P = 3
+LONGEST = 640
 KINDS = ("centred", "scaled", "corner", "raster")
 
 texts = st.builds(
@@ -43,15 +44,21 @@ images = st.builds(
 pieces_of = st.lists(texts | images, min_size=1, max_size=7).filter(
     lambda pieces: sum(isinstance(p, ImagePiece) for p in pieces) <= 4
 )
-layouts = st.builds(Layout, context=st.just("clean"), noised_copies=st.integers(1, 2)) | st.just(Layout(context="noised"))
+layouts = st.builds(Layout, context=st.just("clean"), noised_copies=st.integers(1, 2)) | st.just(
+    Layout(context="noised")
+)
 
 
 def lay(pieces, layout, trailing, positions="centred", dropped=False):
     plans = plan_images(pieces, layout, trailing)
-    row, place = lay_out(
-        pieces, plans, VOCABULARY, layout, patch_values=P, positions=positions, dropped=dropped
-    )
+    row, place = lay_out(pieces, plans, VOCABULARY, layout, patch_values=P, positions=positions, dropped=dropped)
     return row, plans, place
+
+
+def dense(mask: IntervalMask, length: int) -> np.ndarray:
+    """bool [length, length]; worked out at one size, so that JAX compiles once."""
+    padded = IntervalMask(*(np.pad(leaf, (0, LONGEST - length)) for leaf in mask))
+    return np.asarray(padded.dense(LONGEST))[:length, :length]
 
 
 @dataclasses.dataclass
@@ -73,47 +80,40 @@ def reference(pieces, layout, trailing):
             continue
         number += 1
         stream += [Place("text")] * 3
-        last = index == len(pieces) - 1
-        if layout.context == "noised" and piece.learn:
+        in_place = layout.context == "noised" and piece.learn
+        ends_unseen = index == len(pieces) - 1 and (in_place or not trailing)
+        if in_place:
             stream += [Place("noised", number, 1)] * piece.count
-        else:
-            if not last or trailing:
-                stream += [Place("clean", number)] * piece.count
-            if piece.learn:
-                for copy in range(1, layout.noised_copies + 1):
-                    blocks += [Place("noised", number, copy)] * piece.count
-        if not last or trailing:
-            stream += [Place("text")]  # [/IMG]
-    hidden = isinstance(pieces[-1], ImagePiece) and (not trailing or (layout.context == "noised" and pieces[-1].learn))
-    return stream + ([] if hidden else [Place("text")]) + blocks, len(stream) + (not hidden)
+        elif not ends_unseen:
+            stream += [Place("clean", number)] * piece.count
+        for copy in range(1, layout.noised_copies + 1):
+            blocks += [Place("noised", number, copy)] * (piece.count if piece.learn and not in_place else 0)
+        if ends_unseen:
+            return stream + blocks, len(stream)
+        stream += [Place("text")]  # [/IMG]
+    stream += [Place("text")]  # [EOS]
+    return stream + blocks, len(stream)
 
 
 def dense_reference(places, stream_length):
     """bool [T, T]: who reads whom, one pair at a time."""
-    count = len(places)
-    sized = {}  # first position of each image in the stream, or where it would stand
-    mask = np.zeros((count, count), bool)
-    ends = {}
+    begins, ends = {}, {}  # of each image inside the stream
     for t, place in enumerate(places[:stream_length]):
         if place.image:
-            ends[place.image] = t
-            sized.setdefault(place.image, t)
-    for q, place in enumerate(places):
+            begins.setdefault(place.image, t)
+            ends[place.image] = t + 1
+    mask = np.zeros((len(places), len(places)), bool)
+    for q, query in enumerate(places):
+        if query.kind == "text":
+            stop = q + 1
+        elif query.kind == "clean":
+            stop = ends[query.image]
+        else:  # the stream up to the size tokens; they end it where the image itself is not shown
+            stop = begins.get(query.image, stream_length)
         for k, key in enumerate(places):
-            in_stream = k < stream_length
-            if place.kind == "text":
-                mask[q, k] = in_stream and k <= q
-            elif place.kind == "clean":
-                mask[q, k] = in_stream and k <= ends[place.image]
-            else:
-                own = key.kind == "noised" and (key.image, key.copy) == (place.image, place.copy)
-                mask[q, k] = own or (in_stream and k < size_tokens_end(places, stream_length, place.image, sized))
+            own = query.kind == key.kind == "noised" and (query.image, query.copy) == (key.image, key.copy)
+            mask[q, k] = k < min(stop, stream_length) or own
     return mask
-
-
-def size_tokens_end(places, stream_length, image, sized):
-    """Where the stream stands after the size tokens of an image; at its end for one that the stream does not show."""
-    return sized.get(image, stream_length)
 
 
 @settings(max_examples=150, deadline=None)
@@ -126,13 +126,13 @@ def test_mask_equals_a_reference_built_pair_by_pair(pieces, layout, trailing):
     assert [p.kind == "noised" for p in places] == row.noised.tolist()
     assert [p.image for p in places] == row.image.tolist()
     expected = dense_reference(places, stream_length)
-    assert np.array_equal(np.asarray(row.mask.dense(len(places))), expected)
+    assert np.array_equal(dense(row.mask, len(places)), expected)
     # One wrong interval is noticed.
     wrong = row.context_end.copy()
     wrong[len(wrong) // 2] -= 1
     broken = IntervalMask(row.context_start, wrong, row.block_start, row.block_end)
     if row.context_end[len(wrong) // 2] > 0 and not row.noised[len(wrong) // 2]:
-        assert not np.array_equal(np.asarray(broken.dense(len(places))), expected)
+        assert not np.array_equal(dense(broken, len(places)), expected)
 
 
 @settings(max_examples=150, deadline=None)
@@ -161,8 +161,10 @@ def test_every_position_is_written_and_weighted(pieces, layout, trailing, kind):
 
 
 def test_noised_context_caps_u_of_images_that_are_read():
-    image = ImagePiece(np.zeros((4, P), np.uint8), 2, 2)
-    row, _, _ = lay([image, TextPiece(np.array([FIRST_TEXT])), image], Layout(context="noised", max_context_u=0.3), False)
+    first, second = (ImagePiece(np.zeros((4, P), np.uint8), 2, 2) for _ in range(2))
+    row, _, _ = lay(
+        [first, TextPiece(np.array([FIRST_TEXT])), second], Layout(context="noised", max_context_u=0.3), False
+    )
     assert set(row.max_u[row.image == 1].tolist()) == {np.float32(0.3)}
     assert set(row.max_u[row.image == 2].tolist()) == {1.0}
 
@@ -203,7 +205,12 @@ def test_text_alone_is_one_dimensional(kind):
 
 
 @settings(deadline=None)
-@given(kind=st.sampled_from(["centred", "scaled"]), rows=st.integers(1, 9), cols=st.integers(1, 9), start=st.integers(0, 99))
+@given(
+    kind=st.sampled_from(["centred", "scaled"]),
+    rows=st.integers(1, 9),
+    cols=st.integers(1, 9),
+    start=st.integers(0, 99),
+)
 def test_an_image_takes_the_room_of_its_patches_symmetrically(kind, rows, cols, start):
     where, resume = patch_positions(start, rows, cols, kind)
     assert resume == start + rows * cols + 1
@@ -246,13 +253,13 @@ def test_packing_keeps_documents_apart(documents, layout, padding):
     start = images_before = 0
     for row, size in zip(rows, sizes, strict=True):
         here = slice(start, start + size)
-        expected[here, here] = np.asarray(row.mask.dense(size))
+        expected[here, here] = dense(row.mask, size)
         for field in ("tokens", "patches", "is_patch", "noised", "position", "text_weight", "image_weight", "max_u"):
             assert np.array_equal(getattr(packed, field)[here], getattr(row, field)), field
         assert np.array_equal(packed.image[here], np.where(row.image > 0, row.image + images_before, 0))
         images_before += row.image.max()
         start += size
-    assert np.array_equal(np.asarray(packed.mask.dense(length)), expected)
+    assert np.array_equal(dense(packed.mask, length), expected)
     assert packed.text_weight[start:].sum() == packed.image_weight[start:].sum() == 0
     with pytest.raises(DataError, match=f"row_length={length - padding - 1}"):
         pack(rows, length - padding - 1)
