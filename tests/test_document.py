@@ -14,15 +14,13 @@ MISTAKES = {
     "{}": 'd.jsonl:7: a document is {"segments": [...]} with at least one segment.',
     '{"segments": []}': 'd.jsonl:7: a document is {"segments": [...]} with at least one segment.',
     '{"segments": ["a"]}': 'd.jsonl:7: segment 1 must hold either "text" or "image".',
-    '{"segments": [{"text": "a"}, {"text": "a", "image": "b"}]}': (
-        'd.jsonl:7: segment 2 must hold either "text" or "image".'
-    ),
+    '{"segments": [{"text": "a"}, {"text": "a", "image": "b"}]}': ('d.jsonl:7: segment 2 must hold either "text" or "image".'),
     '{"segments": [{"learn": true}]}': 'd.jsonl:7: segment 1 must hold either "text" or "image".',
     '{"segments": [{"text": "a", "leran": false}]}': (
         'd.jsonl:7: segment 1 has unknown key \'leran\'; allowed beside "text": "learn".'
     ),
     '{"segments": [{"text": " "}]}': "d.jsonl:7: segment 1 is an empty text; fill it in or leave the segment out.",
-    '{"segments": [{"image": ""}]}': "d.jsonl:7: segment 1 is an empty image path; fill it in or leave the segment out.",
+    '{"segments": [{"image": ""}]}': ("d.jsonl:7: segment 1 is an empty image path; fill it in or leave the segment out."),
     '{"segments": [{"text": 3}]}': "d.jsonl:7: segment 1 is an empty text; fill it in or leave the segment out.",
     '{"segments": [{"text": "a", "learn": 1}]}': 'd.jsonl:7: segment 1: "learn" must be true or false.',
     '{"segments": [{"text": "a"}], "split": 1}': 'd.jsonl:7: "split" must be a string.',

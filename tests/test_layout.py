@@ -44,9 +44,7 @@ images = st.builds(
 pieces_of = st.lists(texts | images, min_size=1, max_size=7).filter(
     lambda pieces: sum(isinstance(p, ImagePiece) for p in pieces) <= 4
 )
-layouts = st.builds(Layout, context=st.just("clean"), noised_copies=st.integers(1, 2)) | st.just(
-    Layout(context="noised")
-)
+layouts = st.builds(Layout, context=st.just("clean"), noised_copies=st.integers(1, 2)) | st.just(Layout(context="noised"))
 
 
 def lay(pieces, layout, trailing, positions="centred", dropped=False):
@@ -162,9 +160,7 @@ def test_every_position_is_written_and_weighted(pieces, layout, trailing, kind):
 
 def test_noised_context_caps_u_of_images_that_are_read():
     first, second = (ImagePiece(np.zeros((4, P), np.uint8), 2, 2) for _ in range(2))
-    row, _, _ = lay(
-        [first, TextPiece(np.array([FIRST_TEXT])), second], Layout(context="noised", max_context_u=0.3), False
-    )
+    row, _, _ = lay([first, TextPiece(np.array([FIRST_TEXT])), second], Layout(context="noised", max_context_u=0.3), False)
     assert set(row.max_u[row.image == 1].tolist()) == {np.float32(0.3)}
     assert set(row.max_u[row.image == 2].tolist()) == {1.0}
 

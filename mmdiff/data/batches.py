@@ -110,9 +110,7 @@ class Batches:
         """The global row `number`, epochs laid end to end."""
         epoch, member = self._locate(number)
         plan, choices = self._plan(epoch)
-        return pack(
-            [self.laid(i, Choice(*choices[i].tolist())) for i in plan[member].tolist()], self.cfg.layout.row_length
-        )
+        return pack([self.laid(i, Choice(*choices[i].tolist())) for i in plan[member].tolist()], self.cfg.layout.row_length)
 
     def batch(self, step: int) -> Rows:
         """Rows [batch_size, row_length] of one optimiser step."""

@@ -199,9 +199,7 @@ def _write_shards(
             writer.write(record)
             size += len(record)
             shards[-1]["records"] += 1
-            documents.append(
-                {"segments": outline, "split": line.split, "where": line.where, "crc32": zlib.crc32(record)}
-            )
+            documents.append({"segments": outline, "split": line.split, "where": line.where, "crc32": zlib.crc32(record)})
     finally:
         if writer is not None:
             writer.close()

@@ -53,9 +53,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 class PreparedSource:
     """Some documents of a prepared folder."""
 
-    def __init__(
-        self, folder: Path, index: dict[str, Any], numbers: Sequence[int] | None = None, size: Size | None = None
-    ):
+    def __init__(self, folder: Path, index: dict[str, Any], numbers: Sequence[int] | None = None, size: Size | None = None):
         """`index`: from `read_index`; `numbers`: the documents to show (None: all); `size` resizes their images."""
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
@@ -66,9 +64,7 @@ class PreparedSource:
             self._records = ArrayRecordDataSource([str(folder / shard["file"]) for shard in index["shards"]])
             count = len(self._records)
         except (RuntimeError, ValueError, OSError) as error:
-            raise DataError(
-                f"{folder}: the shards are damaged ({str(error).splitlines()[0][:120]}); {REMEDY}."
-            ) from error
+            raise DataError(f"{folder}: the shards are damaged ({str(error).splitlines()[0][:120]}); {REMEDY}.") from error
         if count != len(self.documents):
             raise DataError(f"{folder}: the shards hold {count} documents, not {len(self.documents)}; {REMEDY}.")
 

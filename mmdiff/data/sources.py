@@ -163,7 +163,7 @@ def numbered_lines(path: Path, problems: list[str], name: str = "") -> Iterator[
                 problems.append(f"{where}: not valid UTF-8 at byte {error.start + 1}; save the file as UTF-8.")
                 continue
             if text.strip():
-                yield where, text
+                yield where, text.rstrip("\r\n")
 
 
 def header_size(path: Path, value: str, where: str) -> Size:

@@ -27,9 +27,7 @@ class TfdsSource:
         example = self.images[index]
         pixels = np.asarray(example[self.image_key])
         if pixels.ndim != 3 or pixels.dtype != np.uint8 or pixels.shape[2] not in (1, 3):
-            raise DataError(
-                f"{self.where(index)}: {self.image_key!r} is no RGB or grey uint8 image but {pixels.shape}."
-            )
+            raise DataError(f"{self.where(index)}: {self.image_key!r} is no RGB or grey uint8 image but {pixels.shape}.")
         picture = Image(resize(np.repeat(pixels, 3 // pixels.shape[2], axis=2), self.size))
         return Document(*self._texts(example), picture)
 
@@ -75,7 +73,7 @@ def open_tfds(data: config.Data, split: Literal["train", "validation"]) -> TfdsS
             f"{here} is not prepared; run `tfds build {data.path} --file_format=array_record` where TensorFlow is "
             "installed, and set TFDS_DATA_DIR to its folder."
         )
-    kinds = {name: type(feature).__name__ for name, feature in features.items()}
+    kinds = {name: type(feature).__name__ for name, feature in sorted(features.items())}
     images = [name for name, kind in kinds.items() if kind == "Image"]
     if not images:
         raise DataError(f"{here} has no image feature; it has {', '.join(kinds)}.")

@@ -13,7 +13,7 @@ from mmdiff.data.shapes import Shapes
 from mmdiff.data.sources import GeneratorSource, open_source, open_vocabulary
 from mmdiff.data.vocabulary import Vocabulary
 from mmdiff.data.words import Words
-from mmdiff.document import DataError, Image, Text
+from mmdiff.document import DataError, Document, Image, Text
 
 VOCABULARY = Vocabulary.bytes()
 
@@ -35,6 +35,10 @@ class Documents:
 
     def where(self, index):
         return f"file:{index + 1}"
+
+
+def captioned(pixels, text="ab"):
+    return Document(text, Image(pixels))
 
 
 def configured(seed=0, batch_size=3, row_length=512, **data) -> Config:
@@ -110,30 +114,24 @@ def test_rows_do_not_depend_on_the_batch_size(batches):
 def test_an_epoch_shows_every_image_once():
     pictures = [np.full((8, 8, 3), 6 * i, np.uint8) for i in range(40)]
     cfg = configured(row_length=32, batch_size=1)
-    batches = Batches(Documents([mmdiff_document(p) for p in pictures]), VOCABULARY, cfg)
+    batches = Batches(Documents([captioned(p) for p in pictures]), VOCABULARY, cfg)
     count = batches.rows_per_epoch()
     seen = [rows.patches[rows.noised][:, 0] for rows in (batches.row(n) for n in range(count))]
     assert sorted(np.concatenate(seen).tolist()) == [6 * i for i in range(40)]
     assert batches.epoch(0) == 0 and batches.epoch(count) == 1 and 0 < batches.epoch(count // 2) < 1
 
 
-def mmdiff_document(pixels, text="ab"):
-    from mmdiff.document import Document
-
-    return Document(text, Image(pixels))
-
-
-@pytest.mark.parametrize(("generator", "row_length"), [(Shapes, 512), (Words, 576)])
+@pytest.mark.parametrize(("generator", "row_length"), [(Shapes, 512), (Words, 448)])
 def test_little_is_wasted(generator, row_length):
     cfg = Config(model=Model(patch=4), layout=Layout(row_length=row_length))
     source = GeneratorSource(generator(0, 2000), "generator")
-    vocabulary = Vocabulary.train((s.text for i in range(500) for s in source.outline(i) if isinstance(s, Text)))
+    vocabulary = Vocabulary.train(s.text for i in range(500) for s in source.outline(i) if isinstance(s, Text))
     assert Batches(source, vocabulary, cfg).waste() < 0.1
 
 
 def test_the_fingerprint_notices_every_change():
     grey = np.full((8, 8, 3), 7, np.uint8)
-    documents = [mmdiff_document(grey, f"text number {i}, long enough to differ at its end") for i in range(30)]
+    documents = [captioned(grey, f"text number {i}, long enough to differ at its end") for i in range(30)]
     cfg = configured()
 
     def fingerprint(documents=documents, vocabulary=VOCABULARY, cfg=cfg, **options):
@@ -141,13 +139,11 @@ def test_the_fingerprint_notices_every_change():
 
     original = fingerprint()
     assert fingerprint(list(documents)) == original
-    changed_text = documents[:17] + [mmdiff_document(grey, documents[17].texts[0] + "!")] + documents[18:]
-    last_letter = documents[:17] + [mmdiff_document(grey, documents[17].texts[0][:-1] + "x")] + documents[18:]
-    learn = (
-        documents[:17] + [type(documents[0])(Text(documents[17].texts[0], learn=False), Image(grey))] + documents[18:]
-    )
-    size = documents[:17] + [mmdiff_document(np.full((8, 16, 3), 7, np.uint8), documents[17].texts[0])] + documents[18:]
-    pixel = [mmdiff_document(grey + np.uint8(1), documents[0].texts[0])] + documents[1:]
+    changed_text = documents[:17] + [captioned(grey, documents[17].texts[0] + "!")] + documents[18:]
+    last_letter = documents[:17] + [captioned(grey, documents[17].texts[0][:-1] + "x")] + documents[18:]
+    learn = documents[:17] + [type(documents[0])(Text(documents[17].texts[0], learn=False), Image(grey))] + documents[18:]
+    size = documents[:17] + [captioned(np.full((8, 16, 3), 7, np.uint8), documents[17].texts[0])] + documents[18:]
+    pixel = [captioned(grey + np.uint8(1), documents[0].texts[0])] + documents[1:]
     others = [fingerprint(d) for d in (changed_text, last_letter, learn, size, pixel, documents[1:], documents[::-1])]
     others.append(fingerprint(vocabulary=Vocabulary.train(["text number"] * 9, 300)))
     others.append(fingerprint(vocabulary=Vocabulary.bytes(max_grid=63)))
@@ -166,24 +162,22 @@ def test_validation_drops_and_flips_nothing():
 
 
 def test_mistakes_name_the_file_and_line():
-    good, odd = mmdiff_document(np.zeros((8, 8, 3), np.uint8)), mmdiff_document(np.zeros((12, 8, 3), np.uint8))
+    good, odd = captioned(np.zeros((8, 8, 3), np.uint8)), captioned(np.zeros((12, 8, 3), np.uint8))
     with pytest.raises(ConfigError, match=r"^file:2: an image of 12x8 is not divisible by model\.patch=8"):
         Batches(Documents([good, odd]), VOCABULARY, configured())
     with pytest.raises(ConfigError, match=r"^file:1: an image of 2 patch columns does not fit layout\.max_grid=1"):
-        wide = mmdiff_document(np.zeros((8, 16, 3), np.uint8))
+        wide = captioned(np.zeros((8, 16, 3), np.uint8))
         Batches(Documents([wide]), Vocabulary.bytes(max_grid=1), configured())
     with pytest.raises(DataError, match=r"^file:2 needs 108 positions but layout\.row_length=64: .* 1 of 2 documents"):
-        Batches(
-            Documents([good, mmdiff_document(good.images[0].pixels, "a" * 100)]), VOCABULARY, configured(row_length=64)
-        )
+        Batches(Documents([good, captioned(good.images[0].pixels, "a" * 100)]), VOCABULARY, configured(row_length=64))
     with pytest.raises(DataError, match="holds no document"):
         Batches(Documents([]), VOCABULARY, configured())
 
 
 def test_an_image_that_changes_later_is_noticed():
-    documents = Documents([mmdiff_document(np.zeros((8, 8, 3), np.uint8))])
+    documents = Documents([captioned(np.zeros((8, 8, 3), np.uint8))])
     batches = Batches(documents, VOCABULARY, configured())
-    documents.documents[0] = mmdiff_document(np.zeros((16, 8, 3), np.uint8))
+    documents.documents[0] = captioned(np.zeros((16, 8, 3), np.uint8))
     with pytest.raises(DataError, match="^file:1: an image changed its size"):
         batches.batch(0)
 
