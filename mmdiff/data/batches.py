@@ -62,7 +62,7 @@ class Batches:
         self.source, self.vocabulary, self.cfg = source, vocabulary, cfg
         layout, data = cfg.layout, cfg.data
         drop, flip = (layout.text_drop, 0.5 * data.flip) if learn else (0.0, 0.0)
-        self.rates = Choice(drop, layout.trailing_context, 0.5 * (data.order == "both"), flip)
+        self.rates = (drop, layout.trailing_context, 0.5 * (data.order == "both"), flip)  # of each Choice
         self.outlines = [self._outline(i) for i in range(len(source))]
         self._lengths = self._variant_lengths()
         self._ends: list[int] = []  # global number of the first row after each epoch counted so far
@@ -88,7 +88,7 @@ class Batches:
             digest.update(b"end ")
         for index in np.unique(np.linspace(0, len(self.source) - 1, num=SAMPLED, dtype=int)):
             for piece in self.pieces(int(index)):
-                if isinstance(piece, ImagePiece):
+                if isinstance(piece, ImagePiece) and piece.patches is not None:
                     digest.update(piece.patches.tobytes())
         return digest.hexdigest()[:16]
 
@@ -154,14 +154,16 @@ class Batches:
         if known is not None:
             return known
         images, patch = iter(self.source[index].images), self.cfg.model.patch
-        pieces, size = [], 0
+        pieces: list[Piece] = []
+        size = 0
         for piece in self.outlines[index]:
             if isinstance(piece, ImagePiece):
                 pixels = next(images).pixels
                 if pixels.shape[:2] != (piece.grid_rows * patch, piece.grid_cols * patch):
                     raise DataError(f"{self.source.where(index)}: an image changed its size after training began.")
-                piece = piece._replace(patches=patchify(pixels, patch))
-                size += piece.patches.nbytes
+                patches = patchify(pixels, patch)
+                piece = piece._replace(patches=patches)
+                size += patches.nbytes
             pieces.append(piece)
         with self._lock:
             if index not in self._cache and self._cached_bytes + size <= CACHE_BYTES:
@@ -170,7 +172,8 @@ class Batches:
         return pieces
 
     def _outline(self, index: int) -> list[Piece]:
-        patch, pieces = self.cfg.model.patch, []
+        patch = self.cfg.model.patch
+        pieces: list[Piece] = []
         for segment in self.source.outline(index):
             if isinstance(segment, Text):
                 pieces.append(TextPiece(np.asarray(self.vocabulary.encode(segment.text), np.int32), segment.learn))
@@ -276,5 +279,5 @@ def _swapped(pieces: Sequence[Piece]) -> list[Piece]:
 
 
 def _flipped(piece: ImagePiece) -> ImagePiece:
-    pixels = unpatchify(piece.patches, piece.grid_rows, piece.grid_cols)
+    pixels = unpatchify(np.asarray(piece.patches), piece.grid_rows, piece.grid_cols)
     return piece._replace(patches=patchify(pixels[:, ::-1], pixels.shape[0] // piece.grid_rows))

@@ -254,7 +254,7 @@ def _clean(value: Any) -> Any:
 
 def _report(documents: list[dict[str, Any]], vocabulary: Vocabulary, stored_bytes: int) -> Report:
     texts = [s["text"] for d in documents for s in d["segments"] if "text" in s]
-    tokens = {text: vocabulary.encode(text) for text in set(texts)}
+    tokens = {text: np.asarray(vocabulary.encode(text), np.int32) for text in set(texts)}
     sizes = collections.Counter(tuple(s["size"]) for d in documents for s in d["segments"] if "size" in s)
     layout = config.Layout(trailing_context=1.0)
     positions = {}

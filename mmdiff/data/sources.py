@@ -141,7 +141,8 @@ def read_folder(folder: Path) -> tuple[list[Line], list[str]]:
     path = folder / "documents.jsonl"
     if not path.is_file():
         raise DataError(f"{path} not found; data.path must hold documents.jsonl, or what `mmdiff prepare` wrote.")
-    lines, problems = [], []
+    lines: list[Line] = []
+    problems: list[str] = []
     for where, text in numbered_lines(path, problems):
         try:
             lines.append(parse_line(text, where))

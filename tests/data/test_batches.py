@@ -139,11 +139,11 @@ def test_the_fingerprint_notices_every_change():
 
     original = fingerprint()
     assert fingerprint(list(documents)) == original
-    changed_text = documents[:17] + [captioned(grey, documents[17].texts[0] + "!")] + documents[18:]
-    last_letter = documents[:17] + [captioned(grey, documents[17].texts[0][:-1] + "x")] + documents[18:]
-    learn = documents[:17] + [type(documents[0])(Text(documents[17].texts[0], learn=False), Image(grey))] + documents[18:]
-    size = documents[:17] + [captioned(np.full((8, 16, 3), 7, np.uint8), documents[17].texts[0])] + documents[18:]
-    pixel = [captioned(grey + np.uint8(1), documents[0].texts[0])] + documents[1:]
+    changed_text = [*documents[:17], captioned(grey, documents[17].texts[0] + "!"), *documents[18:]]
+    last_letter = [*documents[:17], captioned(grey, documents[17].texts[0][:-1] + "x"), *documents[18:]]
+    learn = [*documents[:17], type(documents[0])(Text(documents[17].texts[0], learn=False), Image(grey)), *documents[18:]]
+    size = [*documents[:17], captioned(np.full((8, 16, 3), 7, np.uint8), documents[17].texts[0]), *documents[18:]]
+    pixel = [captioned(grey + np.uint8(1), documents[0].texts[0]), *documents[1:]]
     others = [fingerprint(d) for d in (changed_text, last_letter, learn, size, pixel, documents[1:], documents[::-1])]
     others.append(fingerprint(vocabulary=Vocabulary.train(["text number"] * 9, 300)))
     others.append(fingerprint(vocabulary=Vocabulary.bytes(max_grid=63)))
@@ -178,7 +178,7 @@ def test_an_image_that_changes_later_is_noticed():
     documents = Documents([captioned(np.zeros((8, 8, 3), np.uint8))])
     batches = Batches(documents, VOCABULARY, configured())
     documents.documents[0] = captioned(np.zeros((16, 8, 3), np.uint8))
-    with pytest.raises(DataError, match="^file:1: an image changed its size"):
+    with pytest.raises(DataError, match=r"^file:1: an image changed its size"):
         batches.batch(0)
 
 

@@ -180,7 +180,7 @@ def test_the_output_is_never_taken_from_somebody(folder, tmp_path):
     assert opened(tmp_path / "out")[0].images[0].height == 4
     with pytest.raises(DataError, match="already written"):
         prepare(tmp_path / "out", tmp_path / "again")
-    with pytest.raises(DataError, match="neither documents.jsonl nor metadata.jsonl"):
+    with pytest.raises(DataError, match=r"neither documents\.jsonl nor metadata\.jsonl"):
         prepare(mine, tmp_path / "again")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "out", "source"]
 
