@@ -187,13 +187,14 @@ def patch_positions(start: float, rows: int, cols: int, kind: Positions) -> tupl
 
 def laid_length(pieces: Sequence[Piece], plans: Sequence[ImagePlan], layout: config.Layout, end: bool = True) -> int:
     """Positions that `lay_out` will use, from lengths alone."""
-    images = [p for p in pieces if isinstance(p, ImagePiece)]
-    length = 1 + sum(len(p.tokens) for p in pieces if isinstance(p, TextPiece)) + 3 * len(images)
-    for piece, plan in zip(images, plans, strict=True):
-        in_place = layout.context == "noised" and plan.noised
-        shown = plan.clean or in_place
-        after = piece is not images[-1] or isinstance(pieces[-1], TextPiece) or plan.clean
-        length += piece.count * (int(plan.clean) + plan.noised) + int(bool(shown and after))
+    length, remaining = 1, iter(plans)
+    for index, piece in enumerate(pieces):
+        if isinstance(piece, TextPiece):
+            length += len(piece.tokens)
+            continue
+        plan = next(remaining)
+        closed = plan.clean or index + 1 < len(pieces)  # by [/IMG]
+        length += 3 + piece.count * (int(plan.clean) + plan.noised) + int(closed)
     return length + int(end and _closes(pieces, plans))
 
 

@@ -1,102 +1,145 @@
-"""Sample sheets: pictures of what the model draws and reads, with the texts under them."""
+"""Sheets: pictures of what a model draws and reads, with the texts beside or under them."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 
-from mmdiff.document import IMG, Document, Image, Text
+from mmdiff.document import IMG, Document, Image
+from mmdiff.evaluation.prompts import drawings, pictures
 
-CELL = 96  # pixels a side, at least; small images are enlarged by a whole factor
-LINE = 11
-GROUND = (250, 250, 248)
-INK = (40, 40, 40)
+CELL = 112  # pixels of an image's shorter side, about; small images are enlarged by a whole factor
+LONGEST_SIDE = 448
+GAP = 14
+LINE = 16
+LINES = 7  # of a text; what is longer is cut
+TEXT_WIDTH = 150  # of a text that stands between images
+GROUND, INK, FAINT = (255, 255, 255), (35, 35, 35), (130, 130, 130)
 
 
 def sample_sheet(model, batches, path: str | Path, count: int = 8) -> np.ndarray:
     """Draw `count` prompts and caption `count` held-out images; save and return the sheet, uint8 [h, w, 3].
 
-    Prompts are `sampling.prompts`, or the texts before images in the data. Keys are fixed, so sheets of one run compare.
+    Prompts are `sampling.prompts`, or what stands before images in the data. Keys are fixed, so sheets of one run compare.
     """
-    prompts, pictures = prompts_and_pictures(batches, count)
+    both = batches.cfg.data.order == "both"
+    wanted = [d for d in drawings(batches.source, 4 * count, both) if not d.prompt.images][:count]
+    prompts = [d.prompt for d in wanted]
     if model.cfg.sampling.prompts:
         prompts = [Document(p, IMG) for p in model.cfg.sampling.prompts[:count]]
-    rows = []
-    if prompts:
-        size = pictures[0].pixels.shape[:2] if pictures else None
-        drawn = model.generate(prompts, seed=0, max_tokens=0, image_size=size)
-        rows.append([(d.images[-1].pixels, "".join(d.texts)) for d in drawn])
-    if pictures:
-        told = model.generate([Document(p) for p in pictures], seed=0, temperature=0.0, max_images=0)
-        rows.append([(p.pixels, "".join(t.texts) or "(nothing)") for p, t in zip(pictures, told, strict=True)])
-    sheet = contact_sheet(rows, ("drawn from the text below", "captioned by the model"))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image(sheet).save(path)
-    return sheet
-
-
-def prompts_and_pictures(batches, count: int) -> tuple[list[Document], list[Image]]:
-    """Up to `count` prompts (what stands before a learnt image) and `count` images, from the first documents."""
-    prompts, pictures = [], []
-    for index in range(min(len(batches.source), 40 * count)):
-        document = batches.source[index]
-        for place, segment in enumerate(document.segments):
-            if isinstance(segment, Image):
-                before = document.segments[:place]
-                if segment.learn and len(prompts) < count and before and all(isinstance(s, Text) for s in before):
-                    prompts.append(Document(*before, IMG))
-                if place == 0 or batches.cfg.data.order == "both":
-                    pictures.append(segment)
-                break
-        if len(prompts) == count and len(pictures) >= count:
-            break
-    return prompts, pictures[:count]
-
-
-def contact_sheet(rows: Sequence[Sequence[tuple[np.ndarray, str]]], titles: Sequence[str]) -> np.ndarray:
-    """Rows of (pixels, text) with a title over each row; texts are wrapped to their image's width."""
-    import PIL.Image
-    import PIL.ImageDraw
-    import PIL.ImageFont
-
-    font = PIL.ImageFont.load_default(9)
-    gap = 8
     bands = []
-    for cells, title in zip(rows, titles, strict=False):
-        shown = [(enlarge(pixels), wrap(text, font, max(CELL, enlarge(pixels).shape[1]))) for pixels, text in cells]
-        width = sum(max(CELL, p.shape[1]) + gap for p, _ in shown) + gap
-        height = 18 + max(p.shape[0] for p, _ in shown) + max(len(lines) for _, lines in shown) * LINE + gap
-        band = PIL.Image.new("RGB", (width, height), GROUND)
-        pen = PIL.ImageDraw.Draw(band)
-        pen.text((gap, 3), title, fill=(120, 120, 120), font=font)
-        x = gap
-        for pixels, lines in shown:
-            band.paste(PIL.Image.fromarray(pixels), (x, 18))
-            for number, line in enumerate(lines):
-                pen.text((x, 18 + pixels.shape[0] + 2 + number * LINE), line, fill=INK, font=font)
-            x += max(CELL, pixels.shape[1]) + gap
-        bands.append(np.asarray(band))
-    if not bands:
-        return np.full((CELL, CELL, 3), 255, np.uint8)
-    width = max(b.shape[1] for b in bands)
-    padded = [np.pad(b, ((0, 0), (0, width - b.shape[1]), (0, 0)), mode="edge") for b in bands]
-    return np.concatenate(padded)
+    if prompts:
+        size = (wanted[0].image.height, wanted[0].image.width) if wanted else None
+        drawn = model.generate(prompts, seed=0, max_tokens=0, image_size=size)
+        bands.append(band("drawn from the text below", [(d.images[-1].pixels, "".join(d.texts)) for d in drawn]))
+    shown = [image for image, _ in pictures(batches.source, count, both)]
+    if shown:
+        told = model.generate([Document(image) for image in shown], seed=0, temperature=0.0, max_images=0)
+        cells = [(i.pixels, "".join(t.texts) or "(nothing)") for i, t in zip(shown, told, strict=True)]
+        bands.append(band("described by the model", cells))
+    return _save(stacked(bands), path)
 
 
-def enlarge(pixels: np.ndarray) -> np.ndarray:
-    """By the whole factor that makes the shorter side about CELL."""
-    factor = max(1, round(CELL / min(pixels.shape[:2])))
-    return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
+def document_sheet(documents: Sequence[Document], path: str | Path) -> np.ndarray:
+    """Documents one below the other, their texts and images from left to right; save and return it, uint8 [h, w, 3]."""
+    return _save(stacked([strip(document) for document in documents]), path)
 
 
-def wrap(text: str, font, width: int) -> list[str]:
-    """Break a text into lines that fit `width` pixels."""
+def band(title: str, cells: Sequence[tuple[np.ndarray, str]]) -> PIL.Image.Image:
+    """Images side by side, the text of each below it, a title above."""
+    images = [scaled(pixels) for pixels, _ in cells]
+    texts = [text_block(text, max(CELL, image.width)) for image, (_, text) in zip(images, cells, strict=True)]
+    widths = [max(image.width, text.width) for image, text in zip(images, texts, strict=True)]
+    head = LINE + GAP // 2
+    tallest = max(image.height for image in images)
+    height = head + tallest + GAP // 2 + max(text.height for text in texts)
+    whole = PIL.Image.new("RGB", (sum(widths) + GAP * (len(cells) - 1), height), GROUND)
+    PIL.ImageDraw.Draw(whole).text((0, 0), title, fill=FAINT, font=font())
+    x = 0
+    for image, text, width in zip(images, texts, widths, strict=True):
+        whole.paste(image, (x, head))
+        whole.paste(text, (x, head + tallest + GAP // 2))
+        x += width + GAP
+    return whole
+
+
+def strip(document: Document) -> PIL.Image.Image:
+    """One document from left to right, its parts centred on one line."""
+    parts = [scaled(s.pixels) if isinstance(s, Image) else text_block(s.text, TEXT_WIDTH) for s in document.segments]
+    height = max((part.height for part in parts), default=LINE)
+    width = sum(part.width for part in parts) + GAP * max(len(parts) - 1, 0)
+    whole = PIL.Image.new("RGB", (max(width, 1), height), GROUND)
+    x = 0
+    for part in parts:
+        whole.paste(part, (x, (height - part.height) // 2))
+        x += part.width + GAP
+    return whole
+
+
+def stacked(parts: Sequence[PIL.Image.Image]) -> PIL.Image.Image:
+    """Pictures one below the other, with margins."""
+    width = max((part.width for part in parts), default=CELL) + 2 * GAP
+    height = sum(part.height + GAP for part in parts) + GAP
+    whole = PIL.Image.new("RGB", (width, height), GROUND)
+    y = GAP
+    for part in parts:
+        whole.paste(part, (GAP, y))
+        y += part.height + GAP
+    return whole
+
+
+def scaled(pixels: np.ndarray) -> PIL.Image.Image:
+    """Enlarged by the whole factor that makes the shorter side about CELL; large images are shrunk."""
+    image = PIL.Image.fromarray(pixels)
+    factor = max(1, min(round(CELL / min(image.size)), LONGEST_SIDE // max(image.size)))
+    if factor > 1:
+        return image.resize((image.width * factor, image.height * factor), PIL.Image.Resampling.NEAREST)
+    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), PIL.Image.Resampling.LANCZOS)
+    return image
+
+
+def text_block(text: str, width: int) -> PIL.Image.Image:
+    """A text wrapped to `width` pixels."""
+    lines = wrap(text, width)
+    if len(lines) > LINES:
+        lines = [*lines[: LINES - 1], lines[LINES - 1].rstrip() + " ..."]
+    whole = PIL.Image.new("RGB", (width, LINE * max(len(lines), 1)), GROUND)
+    pen = PIL.ImageDraw.Draw(whole)
+    for number, line in enumerate(lines):
+        pen.text((0, number * LINE), line, fill=INK, font=font())
+    return whole
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Break a text into lines that fit `width` pixels, inside a word only where it does not fit a line."""
     lines, line = [], ""
     for word in text.split():
+        while font().getlength(word) > width:
+            fits = next(n for n in range(len(word), 0, -1) if n == 1 or font().getlength(word[:n]) <= width)
+            lines += [line, word[:fits]] if line else [word[:fits]]
+            line, word = "", word[fits:]
+            if not word:
+                break
         longer = f"{line} {word}".strip()
-        if line and font.getlength(longer) > width:
+        if line and font().getlength(longer) > width:
             lines.append(line)
             line = word
         else:
             line = longer
-    return [*lines, line]
+    return [*lines, line] if line else lines
+
+
+@functools.cache
+def font():
+    """Pillow's own font (it has no glyphs for many scripts, which then show as boxes)."""
+    return PIL.ImageFont.load_default(12)
+
+
+def _save(sheet: PIL.Image.Image, path: str | Path) -> np.ndarray:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    return np.asarray(sheet)

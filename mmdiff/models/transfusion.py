@@ -4,8 +4,8 @@
     x <- block(x), depth times
     text logits = RMSNorm(x) W_vocabulary          patch prediction: mmdiff/models/patches.py
 
-Layers are stacked: every parameter of `blocks` has a leading layer axis, and a forward pass scans over it. Short stacks
-are unrolled on CPU, where a scan costs a quarter of the step.
+Layers are stacked: every parameter of `blocks` has a leading layer axis, and a training pass scans over it. Short stacks
+are unrolled on CPU, where a scan costs a quarter of the step; sampling always works on single layers (`separate`).
 
 Everywhere else the model is a pair (graphdef, params) with `params` a plain nested dict; `Network` holds the first.
 Letters: b rows, t positions, s cached positions, l layers, d width, v vocabulary, p patch values.
@@ -48,28 +48,37 @@ class Transfusion(nnx.Module):
         return jnp.where(is_patch[..., None], self.image.embed(z, u), text).astype(Network(self.cfg, 0).compute_type)
 
     def stack(
-        self, x: jax.Array, position: jax.Array, mask: IntervalMask, cache: KeyValue | None = None, keep: bool = False
-    ) -> tuple[jax.Array, KeyValue | None]:
+        self,
+        x: jax.Array,
+        position: jax.Array,
+        mask: IntervalMask,
+        cache: tuple[KeyValue, ...] | None = None,
+        keep: bool = False,
+    ) -> tuple[jax.Array, tuple[KeyValue, ...] | None]:
         """Run the layers.
 
         Args:
           x: [b, t, d]; position: [b, t, 2]; mask: [b, t] over s cached keys followed by t own keys.
-          cache: keys and values [l, b, s, h, .] that stand before x.
-          keep: also return the keys and values of x, [l, b, t, h, .].
+          cache: per layer, the keys and values [b, s, h, .] that stand before x.
+          keep: also return the keys and values of x, per layer [b, t, h, .].
         """
         width = self.cfg.key_width if self.cfg.block == "gau" else self.cfg.head_width
         angles = rotation(position, width, self.cfg.rope_base)
 
-        def layer(x, inputs):
-            block, cached = inputs
-            x, own = block(x, angles, mask, cached)
-            return x, own if keep else None
+        def layer(x, block, cached=None):
+            return block(x, angles, mask, cached)
 
         if self.cfg.remat == "full":
             layer = jax.checkpoint(layer)
-        if jax.default_backend() == "cpu" and self.cfg.depth <= UNROLL_LIMIT:
-            return _unrolled(layer, x, (self.blocks, cache), self.cfg.depth)
-        return jax.lax.scan(layer, x, (self.blocks, cache))
+        stacked = not isinstance(jax.tree.leaves(self.blocks, is_leaf=_is_layers)[0], tuple)
+        unroll = jax.default_backend() == "cpu" and self.cfg.depth <= UNROLL_LIMIT
+        if stacked and cache is None and not keep and not unroll:
+            return jax.lax.scan(lambda x, block: (layer(x, block)[0], None), x, self.blocks)
+        kept = []
+        for index, block in enumerate(unstack(self.blocks, self.cfg.depth)):
+            x, own = layer(x, block, cache[index] if cache is not None else None)
+            kept.append(own)
+        return x, tuple(kept) if keep else None
 
     def text_logits(self, hidden: jax.Array) -> jax.Array:
         """[..., d] to float32 [..., v]."""
@@ -82,16 +91,18 @@ class Transfusion(nnx.Module):
         return self.text_logits(hidden), self.image.predict(hidden)
 
 
-def _unrolled(layer, x, inputs: Any, depth: int):
-    """`jax.lax.scan(layer, x, inputs)` written out layer by layer."""
+def _is_layers(leaf: Any) -> bool:
+    return type(leaf) is tuple
+
+
+def unstack(blocks: Any, depth: int) -> list[Any]:
+    """Stacked layers (leaves [depth, ...], or tuples of `depth` arrays) as a list of single ones."""
+    leaves, structure = jax.tree.flatten(blocks, is_leaf=_is_layers)
     # split, not indexing: its gradient is one concatenation instead of `depth` padded sums
-    leaves, structure = jax.tree.flatten(inputs)
-    slices = [[part[0] for part in jax.lax.split(leaf, (1,) * depth)] for leaf in leaves]
-    kept = []
-    for index in range(depth):
-        x, own = layer(x, jax.tree.unflatten(structure, [parts[index] for parts in slices]))
-        kept.append(own)
-    return x, jax.tree.map(lambda *each: jnp.stack(each), *kept)
+    parts = [
+        leaf if _is_layers(leaf) else [part[0] for part in jax.lax.split(leaf, (1,) * depth)] for leaf in leaves
+    ]
+    return [jax.tree.unflatten(structure, [part[index] for part in parts]) for index in range(depth)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +130,14 @@ class Network:
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Fresh parameters: a plain nested dict of float32 arrays."""
         return nnx.to_pure_dict(nnx.state(Transfusion(self.cfg, self.vocabulary_size, nnx.Rngs(params=key))))
+
+    def separate(self, params: dict[str, Any]) -> dict[str, Any]:
+        """The same parameters with a tuple of per-layer arrays for each stacked one.
+
+        Sampling takes them so: a program that reads few positions would spend half its time cutting up stacked arrays.
+        """
+        layers = jax.tree.map(lambda leaf: tuple(leaf[i] for i in range(self.cfg.depth)), params["blocks"])
+        return params | {"blocks": layers}
 
     def bind(self, params: dict[str, Any]) -> Transfusion:
         """The module with these parameters."""

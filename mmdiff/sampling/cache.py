@@ -4,7 +4,7 @@ Each row of a batch is one document; its context stream fills slots 0 .. length 
 A chunk (the rest of a prompt, or a finished clean image and its [/IMG]) is read by one forward pass against the cache,
 and its keys and values are written behind. Nothing noised ever enters the cache.
 
-Letters: l layers, b rows (documents), s cache slots, t positions of a chunk, p patch values, v vocabulary.
+Letters: b rows (documents), s cache slots, t positions of a chunk, p patch values, v vocabulary.
 """
 
 import functools
@@ -26,7 +26,7 @@ CHUNK_BUCKET = 16
 class Cache(NamedTuple):
     """Context of b documents."""
 
-    kv: KeyValue  # [l, b, s, h, .]
+    layers: tuple[KeyValue, ...]  # [b, s, h, .] each
     length: jax.Array  # int32 [b], slots in use
 
 
@@ -44,18 +44,26 @@ class Chunk(NamedTuple):
 def empty_cache(network: Network, rows: int, slots: int, dtype) -> Cache:
     """Room for `slots` positions in each of `rows` documents."""
     heads, key_width, value_width = network.head
-    lead = (network.cfg.depth, rows, round_up(slots, SLOT_BUCKET), heads)
-    kv = KeyValue(jnp.zeros((*lead, key_width), dtype), jnp.zeros((*lead, value_width), dtype))
-    return Cache(kv, jnp.zeros(rows, jnp.int32))
+    lead = (rows, round_up(slots, SLOT_BUCKET), heads)
+    layers = tuple(
+        KeyValue(jnp.zeros((*lead, key_width), dtype), jnp.zeros((*lead, value_width), dtype))
+        for _ in range(network.cfg.depth)
+    )
+    return Cache(layers, jnp.zeros(rows, jnp.int32))
+
+
+def capacity(cache: Cache) -> int:
+    """Slots per document."""
+    return cache.layers[0].k.shape[1]
 
 
 def grow(cache: Cache, slots: int) -> Cache:
     """The same cache with room for at least `slots` positions."""
-    extra = round_up(slots, SLOT_BUCKET) - cache.kv.k.shape[2]
+    extra = round_up(slots, SLOT_BUCKET) - capacity(cache)
     if extra <= 0:
         return cache
-    pad = [(0, 0), (0, 0), (0, extra), (0, 0), (0, 0)]
-    return cache._replace(kv=KeyValue(jnp.pad(cache.kv.k, pad), jnp.pad(cache.kv.v, pad)))
+    pad = [(0, 0), (0, extra), (0, 0), (0, 0)]
+    return cache._replace(layers=jax.tree.map(lambda a: jnp.pad(a, pad), cache.layers))
 
 
 def make_chunk(streams: list[Rows], starts: list[int], patch_values: int) -> Chunk:
@@ -88,7 +96,7 @@ def extend(network: Network, params: Any, cache: Cache, chunk: Chunk) -> tuple[C
     model = network.bind(params)
     rows, length = chunk.tokens.shape
     x = model.embed(chunk.tokens, chunk.is_patch, normalise(chunk.patches), jnp.zeros((rows, length)))
-    slots = cache.kv.k.shape[2]
+    slots = capacity(cache)
     here = jnp.arange(length, dtype=jnp.int32)[None] + slots
     real = here < slots + chunk.count[:, None]
     mask = IntervalMask(
@@ -97,20 +105,19 @@ def extend(network: Network, params: Any, cache: Cache, chunk: Chunk) -> tuple[C
         block_start=jnp.where(real, slots, here),  # padding reads itself
         block_end=jnp.where(real, slots + chunk.read, here + 1),
     )
-    hidden, own = model.stack(x, chunk.position, mask, cache.kv, keep=True)
+    hidden, own = model.stack(x, chunk.position, mask, cache.layers, keep=True)
     last = jnp.take_along_axis(hidden, jnp.maximum(chunk.count - 1, 0)[:, None, None], axis=1)[:, 0]
     return append(cache, own, chunk.count), model.text_logits(last)
 
 
-def append(cache: Cache, own: KeyValue, count: jax.Array) -> Cache:
-    """Write the first `count[b]` of the new keys and values [l, b, t, h, .] behind each document's last slot."""
-    rows, length = own.k.shape[1:3]
+def append(cache: Cache, own: tuple[KeyValue, ...], count: jax.Array) -> Cache:
+    """Write the first `count[b]` of the new keys and values [b, t, h, .] behind each document's last slot."""
+    rows, length = own[0].k.shape[:2]
     offset = jnp.arange(length, dtype=jnp.int32)[None]
-    slots = jnp.where(offset < count[:, None], cache.length[:, None] + offset, cache.kv.k.shape[2])  # out of range: dropped
+    slots = jnp.where(offset < count[:, None], cache.length[:, None] + offset, capacity(cache))  # past the end: dropped
     row = jnp.arange(rows)[:, None]
-    k = cache.kv.k.at[:, row, slots].set(own.k, mode="drop")
-    v = cache.kv.v.at[:, row, slots].set(own.v, mode="drop")
-    return Cache(KeyValue(k, v), cache.length + count)
+    layers = jax.tree.map(lambda old, new: old.at[row, slots].set(new, mode="drop"), cache.layers, own)
+    return Cache(layers, cache.length + count)
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -30,6 +30,7 @@ from mmdiff.layout import (
     Rows,
     TextPiece,
     drop_text,
+    laid_length,
     lay_out,
     patch_positions,
     patchify,
@@ -38,7 +39,7 @@ from mmdiff.layout import (
 )
 from mmdiff.models.transfusion import Network
 from mmdiff.sampling import text
-from mmdiff.sampling.cache import SLOT_BUCKET, Cache, empty_cache, extend, grow, make_chunk, round_up
+from mmdiff.sampling.cache import SLOT_BUCKET, Cache, capacity, empty_cache, extend, grow, make_chunk, round_up
 from mmdiff.sampling.image import Canvas, Guidance, draw
 
 GROUP = 64  # documents sampled together; more of them only cost memory
@@ -92,6 +93,7 @@ class Draft:
     budget: int
     images: int
     drawn: int = 0
+    ended: bool = False  # the model wrote [EOS], it did not run out of budget
     read: int = 0  # positions of the stream that are in the cache
     place: float = -1.0  # position of the last of them
 
@@ -102,7 +104,7 @@ class Model:
     def __init__(self, cfg: config.Config, params: dict[str, Any], vocabulary: Vocabulary):
         self.cfg, self.vocabulary = cfg, vocabulary
         self.network = Network(cfg.model, vocabulary.size)
-        self.params = params
+        self.params = self.network.separate(params)
         self.special = text.Special.of(vocabulary)
 
     def options(self, **changes) -> Options:
@@ -123,8 +125,9 @@ class Model:
           options: see `Options`.
         Returns:
           finished documents: the prompt's segments (IMG replaced by the image drawn), then what the model added.
+          `extra["ended"]` says whether the model ended the document by itself.
         Raises:
-          ConfigError: an invalid option. DataError: a prompt that cannot be read.
+          ConfigError: an invalid option. DataError: a prompt that cannot be read, or is longer than a training row.
         """
         if isinstance(documents, Document):
             raise DataError("generate takes a list of documents: generate([document]).")
@@ -153,13 +156,33 @@ class Model:
 
         return score(self, documents, **options)
 
+    def _check_length(self, document: Document, number: int, size: tuple[int, int] | None) -> None:
+        """Refuse a prompt that no training row could hold; an image of unknown size counts as one patch."""
+        limit, patch = self.cfg.layout.row_length, self.cfg.model.patch
+        grid = (size[0] // patch, size[1] // patch) if size else (1, 1)
+        pieces: list[Piece] = []
+        for segment in document.segments:
+            asked = segment is IMG
+            pieces += [ImagePiece(None, *grid)] if asked else text_pieces(Document(segment), self.vocabulary, patch)
+        images = [p for p in pieces if isinstance(p, ImagePiece)]
+        last = [p.patches is None and p is pieces[-1] for p in images]  # nothing reads it clean: only its noised block
+        plans = [ImagePlan(clean=not it, noised=int(it)) for it in last]
+        length = laid_length(pieces, plans, dataclasses.replace(self.cfg.layout, context="clean"), end=False)
+        if length > limit:
+            raise DataError(
+                f"prompt {number} needs {length} positions but the model was trained with layout.row_length={limit}: "
+                "shorten the text, or use fewer or smaller images."
+            )
+
     def _generate(self, documents, options: Options, known) -> list[Document]:
         if options.image_size is not None:
             config.check_image_size(*options.image_size, self.cfg.model.patch, "image_size")
+        for number, document in enumerate(documents, 1):
+            self._check_length(document, number, options.image_size)
         seeds = options.seed
         if isinstance(seeds, int):
             root = jax.random.key(seeds)
-            keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(jnp.arange(len(documents)))
+            keys = fold(jnp.broadcast_to(root, len(documents)), np.arange(len(documents)))
         else:
             if len(seeds) != len(documents):
                 raise config.ConfigError(f"seed has {len(seeds)} entries for {len(documents)} documents.")
@@ -190,7 +213,7 @@ class _Session:
             if due:
                 self._draw(due)
             if all(d.mode == text.DONE for d in self.drafts):
-                return [Document(*d.segments) for d in self.drafts]
+                return [Document(*d.segments, extra={"ended": d.ended}) for d in self.drafts]
 
     def _take(self, draft: Draft) -> None:
         """Move the prompt up to its next IMG (or its end) into the pieces, and decide what comes after it."""
@@ -252,9 +275,7 @@ class _Session:
         )
         choice = text.Choice(
             temperature=jnp.float32(options.temperature),
-            top_k=jnp.int32(options.top_k),
-            top_p=jnp.float32(options.top_p),
-            min_p=jnp.float32(options.min_p),
+            narrow=self._narrow(),
             rows=jnp.int32(size[0] // patch),
             cols=jnp.int32(size[1] // patch),
             patches=jnp.int32(self._largest_image()),
@@ -266,6 +287,7 @@ class _Session:
             if draft.mode < text.DRAW:
                 draft.mode, draft.budget, draft.images = int(mode), int(budget), int(images)
                 draft.place = float(place)
+                draft.ended = bool(written) and int(tokens[written - 1]) == self.model.vocabulary.eos
                 self._keep(draft, tokens[:written])
 
     def _keep(self, draft: Draft, tokens: np.ndarray) -> None:
@@ -288,13 +310,13 @@ class _Session:
         drafts = [self.drafts[i] for i in padded]
         open_images = [d.pieces[-1] for d in drafts]
         guided = options.guidance != 1.0
-        take = jnp.asarray(padded)
+        take = np.asarray(padded)
         caches, places = [self._rows(self.cache, take)], [[d.place for d in drafts]]
         if guided:
             unconditional, where = self._unconditional(drafts)
             caches.append(unconditional)
             places.append(where)
-            slots = max(c.kv.k.shape[2] for c in caches)
+            slots = max(capacity(c) for c in caches)
             caches = [grow(c, slots) for c in caches]
         count = np.asarray([p.count for p in open_images], np.int32)
         position = np.zeros((len(places), len(drafts), count.max(), 2), np.float32)
@@ -302,7 +324,7 @@ class _Session:
             for b, (piece, place) in enumerate(zip(open_images, where, strict=True)):
                 grid = piece.grid_rows, piece.grid_cols
                 position[g, b, : piece.count] = patch_positions(place, *grid, cfg.model.positions)[0]
-        keys = jax.vmap(jax.random.fold_in)(self.keys[take], jnp.asarray([2**30 + d.drawn for d in drafts]))
+        keys = fold(self.keys[take], np.asarray([2**30 + d.drawn for d in drafts]))
         lowest, highest = options.guidance_interval
         pixels = draw(
             self.model.network,
@@ -369,6 +391,12 @@ class _Session:
         """Patches of the largest image the model may choose: what fits a training row."""
         return max(1, self.model.cfg.layout.row_length)
 
+    def _narrow(self) -> text.Narrow | None:
+        options = self.options
+        if options.top_k == 0 and options.top_p == 1.0 and options.min_p == 0.0:
+            return None
+        return text.Narrow(jnp.int32(options.top_k), jnp.float32(options.top_p), jnp.float32(options.min_p))
+
     def _reserve(self, slots: int) -> None:
         self.cache = grow(self.cache, slots)
 
@@ -377,10 +405,16 @@ class _Session:
         return 3 * self.model.cfg.model.patch**2
 
     @staticmethod
-    def _rows(cache: Cache, take: jax.Array) -> Cache:
-        if len(take) == len(cache.length) and np.array_equal(take, np.arange(len(take))):
+    def _rows(cache: Cache, take: np.ndarray) -> Cache:
+        if np.array_equal(take, np.arange(len(cache.length))):
             return cache
-        return Cache(jax.tree.map(lambda a: a[:, take], cache.kv), cache.length[take])
+        return jax.tree.map(lambda a: a[take], cache)
+
+
+@jax.jit
+def fold(keys: jax.Array, numbers: np.ndarray) -> jax.Array:
+    """One key per document from keys [b] and int [b]."""
+    return jax.vmap(jax.random.fold_in)(keys, numbers)
 
 
 def _bucket(count: int, most: int) -> int:

@@ -22,7 +22,7 @@ from mmdiff.diffusion.schedule import make_schedule, time_of
 from mmdiff.diffusion.solvers import Table, integrate
 from mmdiff.layout import IntervalMask
 from mmdiff.models.transfusion import Network
-from mmdiff.sampling.cache import Cache
+from mmdiff.sampling.cache import Cache, capacity
 
 
 class Canvas(NamedTuple):
@@ -61,7 +61,7 @@ def draw(
       uint8 [b, n, p].
     """
     model = network.bind(params)
-    joined = caches[0] if len(caches) == 1 else jax.tree.map(lambda *c: jnp.concatenate(c, axis=c[0].ndim > 1), *caches)
+    joined = caches[0] if len(caches) == 1 else jax.tree.map(lambda *c: jnp.concatenate(c), *caches)
     one = functools.partial(_predict, model, diffusion, caches[0], canvas.position[:1], canvas.count)
     both = functools.partial(_predict, model, diffusion, joined, canvas.position, canvas.count)
 
@@ -100,7 +100,7 @@ def _predict(model, diffusion: config.Diffusion, cache: Cache, position, count, 
     u = time_of(sigma)
     alpha, scale = make_schedule(diffusion)(u)
     z = point * alpha
-    slots = cache.kv.k.shape[2]
+    slots = capacity(cache)
     here = jnp.broadcast_to(jnp.arange(patches, dtype=jnp.int32), (documents, patches))
     count = jnp.tile(count, documents // len(count))[:, None]
     real = here < count
@@ -112,7 +112,7 @@ def _predict(model, diffusion: config.Diffusion, cache: Cache, position, count, 
     )
     always = jnp.ones((documents, patches), bool)
     x = model.embed(jnp.zeros_like(here), always, z, jnp.full((documents, patches), u))
-    hidden, _ = model.stack(x, position.reshape(documents, patches, 2), mask, cache.kv)
+    hidden, _ = model.stack(x, position.reshape(documents, patches, 2), mask, cache.layers)
     output = model.image.predict(hidden)
     # the smallest clip that keeps eps -> x finite: at sigma_max it must stay below 1 / (1 + sigma)
     return prediction.convert(output, z, alpha, scale, source=diffusion.prediction, target="x", clip=1e-4)

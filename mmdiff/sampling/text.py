@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from mmdiff.data.vocabulary import Vocabulary
 from mmdiff.layout import IntervalMask
 from mmdiff.models.transfusion import Network
-from mmdiff.sampling.cache import Cache, append
+from mmdiff.sampling.cache import Cache, append, capacity
 
 TEXT, MARKER, ROWS, COLS, DRAW, DONE = range(6)
 NEVER = -1e30
@@ -57,12 +57,18 @@ class Choice(NamedTuple):
     """How tokens are chosen. `rows`, `cols` = 0 leave the image size to the model, up to `patches` patches."""
 
     temperature: jax.Array
-    top_k: jax.Array  # int32, 0: all
-    top_p: jax.Array
-    min_p: jax.Array
+    narrow: "Narrow | None"  # None: every token that is allowed
     rows: jax.Array  # int32
     cols: jax.Array
     patches: jax.Array
+
+
+class Narrow(NamedTuple):
+    """Limits on the tokens drawn from; they cost a sort of the vocabulary per token."""
+
+    top_k: jax.Array  # int32, 0: all
+    top_p: jax.Array
+    min_p: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames=("network", "special"), donate_argnames="state")
@@ -107,37 +113,41 @@ def write_text(network: Network, special: Special, params: Any, state: Writing, 
 
 
 def choose(logits: jax.Array, allowed: jax.Array, keys: jax.Array, choice: Choice) -> jax.Array:
-    """Draw a token per row from float32 logits [b, v]; temperature 0 takes the most likely.
+    """Draw a token per row from float32 logits [b, v]; temperature 0 takes the most likely."""
+    logits = jnp.where(allowed, logits, NEVER)
+    warm = logits / jnp.maximum(choice.temperature, 1e-6)
+    if choice.narrow is not None:
+        warm = jnp.where(warm >= _lowest(warm, choice.narrow), warm, NEVER)
+    drawn = jax.vmap(jax.random.categorical)(keys, warm)
+    return jnp.where(choice.temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+
+
+def _lowest(logits: jax.Array, narrow: Narrow) -> jax.Array:
+    """The smallest logit that may still be drawn, [b, 1].
 
     top_k keeps the k most likely, top_p the smallest set with that much probability, min_p those with at least that
     fraction of the best one's probability; each acts on the distribution after temperature.
     """
-    logits = jnp.where(allowed, logits, NEVER)
-    greedy = jnp.argmax(logits, axis=-1)
-    warm = logits / jnp.maximum(choice.temperature, 1e-6)
-    ordered = jnp.sort(warm, axis=-1)[:, ::-1]
+    ordered = jnp.sort(logits, axis=-1)[:, ::-1]
     probability = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
-    size = warm.shape[-1]
-    keep = (before < choice.top_p) & (jnp.arange(size) < jnp.where(choice.top_k > 0, choice.top_k, size))
-    keep &= probability >= choice.min_p * probability[:, :1]
+    size = logits.shape[-1]
+    keep = (before < narrow.top_p) & (jnp.arange(size) < jnp.where(narrow.top_k > 0, narrow.top_k, size))
+    keep &= probability >= narrow.min_p * probability[:, :1]
     keep = keep.at[:, 0].set(True)
-    lowest = jnp.min(jnp.where(keep, ordered, jnp.inf), axis=-1, keepdims=True)
-    warm = jnp.where((warm >= lowest) & allowed, warm, NEVER)
-    drawn = jax.vmap(jax.random.categorical)(keys, warm)
-    return jnp.where(choice.temperature > 0, drawn, greedy).astype(jnp.int32)
+    return jnp.min(jnp.where(keep, ordered, jnp.inf), axis=-1, keepdims=True)
 
 
 def _one_token(model, cache: Cache, token: jax.Array, place: jax.Array):
     """Forward pass of one text token per document: hidden [b, 1, d] and its keys and values."""
-    count, slots = len(token), cache.kv.k.shape[2]
+    count, slots = len(token), capacity(cache)
     zeros = jnp.zeros((count, 1))
     z = jnp.zeros((count, 1, model.image.values))
     x = model.embed(token[:, None], zeros > 0, z, zeros)
     one = jnp.zeros((count, 1), jnp.int32)
     mask = IntervalMask(one, cache.length[:, None], one + slots, one + slots + 1)
     position = jnp.broadcast_to(place[:, None, None], (count, 1, 2))
-    return model.stack(x, position, mask, cache.kv, keep=True)
+    return model.stack(x, position, mask, cache.layers, keep=True)
 
 
 def _allowed_tables(special: Special, size: int) -> jax.Array:

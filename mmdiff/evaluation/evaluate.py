@@ -1,0 +1,144 @@
+"""Measuring a model on held-out data. All seeds are fixed: the same model gives the same numbers.
+
+    any data    text_bits_per_byte, x_error, patch_grid_ratio, image_bits_per_dim, phrase_accuracy
+    shapes      caption_accuracy, image_accuracy, question_accuracy, edit_accuracy, interleaved_validity
+    words       read_accuracy, write_accuracy
+
+A metric may report several numbers; means of scores come with their standard error, `<name>_stderr`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from mmdiff import config
+from mmdiff.data import shapes as shapes_data
+from mmdiff.data import words as words_data
+from mmdiff.data.sources import Source
+from mmdiff.document import Text
+from mmdiff.evaluation import shapes, words
+from mmdiff.evaluation.patch_grid import patch_grid_ratio
+from mmdiff.evaluation.phrases import phrase_accuracy
+from mmdiff.evaluation.task import Task, mean
+
+LOOKED_AT = 100  # documents that show whether the data has texts and images
+
+
+class Metric(NamedTuple):
+    measure: Callable[[Task], dict[str, float]]
+    about: str
+    applies: Callable[[Task], bool]
+    usual: bool = True  # measured unless metrics are named
+
+
+def text_bits_per_byte(task: Task) -> dict[str, float]:
+    return {"text_bits_per_byte": task.validation["text_bits_per_byte"]}
+
+
+def x_error(task: Task) -> dict[str, float]:
+    return {"x_error": task.validation["x_error"]}
+
+
+def image_bits_per_dim(task: Task) -> dict[str, float]:
+    """See mmdiff/sampling/score.py."""
+    documents = [task.source[i] for i in range(min(task.count, len(task.source)))]
+    scores = task.model.score(documents, seed=task.seed)
+    return mean("image_bits_per_dim", [s["image_bits_per_dim"] for s in scores if "image_bits_per_dim" in s])
+
+
+def evaluate(
+    model,
+    metrics: Sequence[str] | None = None,
+    *,
+    source: Source | None = None,
+    count: int = 200,
+    seed: int = 0,
+    phrases: Sequence[Sequence[str]] = (),
+    **drawing,
+) -> dict[str, float]:
+    """Measure a model.
+
+    Args:
+      model: as `mmdiff.load` returns it.
+      metrics: names from METRICS; None takes all that suit the model's data, but for the slow ones.
+      source: held-out documents, where the model's configuration does not name them.
+      count: documents per metric. seed: of everything that is sampled.
+      phrases: groups of phrases that captions should name (mmdiff/evaluation/phrases.py); adds phrase_accuracy.
+      drawing: sampling options of the images (steps, solver, grid, guidance); the rest are the configuration's.
+    Returns:
+      numbers by name, in the order of the metrics.
+    Raises:
+      ConfigError: an unknown metric or option. DataError: there is nothing to measure it on.
+    """
+    if count < 1:
+        raise config.ConfigError(f"count={count} must be at least 1.")
+    model.options(**drawing)  # refuses what is wrong with them before anything is measured
+    task = Task(model, count, seed, drawing, phrases, source)
+    result: dict[str, float] = {}
+    for name in chosen(task, metrics):
+        result |= METRICS[name].measure(task)
+    return result
+
+
+def chosen(task: Task, names: Sequence[str] | None) -> list[str]:
+    """The metrics to measure: those named, or the usual ones that suit the data."""
+    added = ["phrase_accuracy"] if task.phrases else []
+    if names is None:
+        return [name for name, metric in METRICS.items() if metric.usual and metric.applies(task)] + added
+    check_names(names)
+    for name in names:
+        if not METRICS[name].applies(task):
+            data = task.model.cfg.data
+            raise config.ConfigError(
+                f"{name} cannot be measured on data.source={data.source!r}: {METRICS[name].about}; "
+                f"choose from {', '.join(n for n, m in METRICS.items() if m.applies(task))}."
+            )
+    return list(dict.fromkeys([*names, *added]))
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises ConfigError for a name that no metric has."""
+    for name in names:
+        if name not in METRICS:
+            hint = config.suggest(name, list(METRICS)) or f"; choose from {', '.join(METRICS)}."
+            raise config.ConfigError(f"unknown metric {name!r}{hint}")
+
+
+def _generated(generator: str, kind: str) -> Callable[[Task], bool]:
+    """Whether the model was trained on this kind of the generator's documents."""
+    default = {"shapes": shapes_data.DEFAULT_MIX, "words": words_data.DEFAULT_MIX}[generator]
+
+    def applies(task: Task) -> bool:
+        data = task.model.cfg.data
+        return data.source == generator and dict(data.generator or default).get(kind, 0) > 0
+
+    return applies
+
+
+def _has(kind: type) -> Callable[[Task], bool]:
+    """Whether the first held-out documents hold any text, or any learnt image (an outline's tuple)."""
+
+    def applies(task: Task) -> bool:
+        outlines = (task.source.outline(i) for i in range(min(LOOKED_AT, len(task.source))))
+        return any(isinstance(s, kind) and (kind is Text or s[2]) for outline in outlines for s in outline)
+
+    return applies
+
+
+def _grid_shows(task: Task) -> bool:
+    return task.model.cfg.model.patch > 1 and _has(tuple)(task)
+
+
+METRICS = {
+    "caption_accuracy": Metric(shapes.caption_accuracy, "captions of shapes", _generated("shapes", "caption")),
+    "image_accuracy": Metric(shapes.image_accuracy, "shapes drawn from captions", _generated("shapes", "draw")),
+    "question_accuracy": Metric(shapes.question_accuracy, "questions about shapes", _generated("shapes", "question")),
+    "edit_accuracy": Metric(shapes.edit_accuracy, "edits of shapes", _generated("shapes", "edit")),
+    "interleaved_validity": Metric(shapes.interleaved_validity, "stories about shapes", _generated("shapes", "story")),
+    "read_accuracy": Metric(words.read_accuracy, "reading words", _generated("words", "read")),
+    "write_accuracy": Metric(words.write_accuracy, "writing words", _generated("words", "draw")),
+    "text_bits_per_byte": Metric(text_bits_per_byte, "texts", _has(Text)),
+    "x_error": Metric(x_error, "images, denoised at eight noise levels", _has(tuple)),
+    "patch_grid_ratio": Metric(patch_grid_ratio, "images, at the edges of their patches", _grid_shows),
+    "image_bits_per_dim": Metric(image_bits_per_dim, "a likelihood bound of images (slow)", _has(tuple), usual=False),
+    "phrase_accuracy": Metric(phrase_accuracy, "phrases that captions should name", _has(Text), usual=False),
+}

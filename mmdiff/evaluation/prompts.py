@@ -1,0 +1,74 @@
+"""What is asked of a model on held-out documents: images to draw, pictures to describe."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mmdiff.document import IMG, Document, Image, Text
+
+
+class Drawing(NamedTuple):
+    """A prompt that ends with IMG, and the image that stands there in the data."""
+
+    prompt: Document
+    image: Image
+
+
+def drawings(source, count: int, both: bool = False) -> list[Drawing]:
+    """The first learnt image of each document, with what stands before it; at most `count`.
+
+    Args:
+      source: documents, by index. both: pairs of one image and one text are learnt in either order (data.order).
+    """
+    found: list[Drawing] = []
+    for document in _documents(source):
+        place = next((i for i, s in enumerate(document.segments) if isinstance(s, Image) and s.learn), None)
+        if place is None:
+            continue
+        before = document.segments[:place]
+        if both and place == 0 and len(document.segments) == 2:
+            before = document.segments[1:]
+        found.append(Drawing(Document(*before, IMG), document.segments[place]))
+        if len(found) == count:
+            break
+    return found
+
+
+def pictures(source, count: int, both: bool = False) -> list[tuple[Image, str]]:
+    """Images that a text follows (or, with `both`, that one goes with), and that text; at most `count`."""
+    found: list[tuple[Image, str]] = []
+    for document in _documents(source):
+        segments = document.segments
+        if both and len(segments) == 2 and isinstance(segments[1], Image):
+            segments = segments[::-1]
+        if len(segments) > 1 and isinstance(segments[0], Image) and all(isinstance(s, Text) for s in segments[1:]):
+            found.append((segments[0], "".join(s.text for s in segments[1:])))
+            if len(found) == count:
+                break
+    return found
+
+
+def draw(model, wanted: Sequence[Drawing], **options) -> list[np.ndarray]:
+    """Draw each prompt's image at the size of the real one: uint8 [h, w, 3] each."""
+    drawn: dict[int, np.ndarray] = {}
+    for size in sorted({(d.image.height, d.image.width) for d in wanted}):
+        group = [i for i, d in enumerate(wanted) if (d.image.height, d.image.width) == size]
+        made = model.generate([wanted[i].prompt for i in group], **options | {"image_size": size, "max_tokens": 0})
+        drawn |= {i: document.images[-1].pixels for i, document in zip(group, made, strict=True)}
+    return [drawn[i] for i in range(len(wanted))]
+
+
+def describe(model, prompts: Sequence[Document], **options) -> list[str]:
+    """What the model writes after each prompt, greedily and without drawing."""
+    made = model.generate(prompts, **options | {"temperature": 0.0, "max_images": 0})
+    return ["".join(added_texts(p, m)).strip() for p, m in zip(prompts, made, strict=True)]
+
+
+def added_texts(prompt: Document, made: Document) -> list[str]:
+    """The texts of a generated document that were not in its prompt."""
+    return [s.text for s in made.segments[len(prompt.segments) :] if isinstance(s, Text)]
+
+
+def _documents(source) -> Iterator[Document]:
+    return (source[i] for i in range(len(source)))

@@ -1,0 +1,65 @@
+"""An evaluation in progress: the model, the held-out documents, and how much is asked of it."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mmdiff.data.batches import Batches
+from mmdiff.data.sources import Source, open_source
+from mmdiff.document import DataError, Document
+from mmdiff.evaluation import prompts
+from mmdiff.evaluation.prompts import Drawing
+from mmdiff.training.validate import validate
+
+VALIDATION_ROWS = 64  # when the configuration switches validation off
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What every metric reads. `drawing`: sampling options of the images, where they differ from the configuration's."""
+
+    model: Any
+    count: int = 200
+    seed: int = 0
+    drawing: dict[str, Any] = dataclasses.field(default_factory=dict)
+    phrases: Sequence[Sequence[str]] = ()
+    given: Source | None = None
+
+    @functools.cached_property
+    def source(self) -> Source:
+        """The held-out documents. Raises DataError when there are none."""
+        source = open_source(self.model.cfg, "validation") if self.given is None else self.given
+        if not len(source):
+            raise DataError("the data has no held-out documents; give a folder that has some (--data).")
+        return source
+
+    @functools.cached_property
+    def validation(self) -> dict[str, float]:
+        """What training reports as validation, on the same rows."""
+        model = self.model
+        batches = Batches(self.source, model.vocabulary, model.cfg, learn=False)
+        rows = model.cfg.training.validation_rows or VALIDATION_ROWS
+        return validate(model.network, model.cfg, model.params, batches, rows)
+
+    @property
+    def both_orders(self) -> bool:
+        return self.model.cfg.data.order == "both"
+
+    def draw(self, wanted: Sequence[Drawing]) -> list[np.ndarray]:
+        return prompts.draw(self.model, wanted, **self.drawing | {"seed": self.seed})
+
+    def describe(self, asked: Sequence[Document]) -> list[str]:
+        return prompts.describe(self.model, asked, seed=self.seed)
+
+
+def mean(name: str, scores: Sequence[float] | Sequence[bool]) -> dict[str, float]:
+    """Mean of some scores, and its standard error as `<name>_stderr`."""
+    values = np.asarray(scores, np.float64)
+    if not len(values):
+        raise DataError(f"{name}: the held-out data has no document to measure it on.")
+    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return {name: float(values.mean()), f"{name}_stderr": float(error)}
