@@ -72,9 +72,10 @@ class Tiny:
         return stack([pack(documents, length) for documents in rows])
 
     def noise(self, rows: Rows, seed: int = 0):
-        """(z, u): random noisy patches, a time per position at noised ones and 0 elsewhere."""
+        """(z, u): patches noised at one random time per noised block, clean ones at time 0."""
         rng = np.random.default_rng(seed)
-        u = np.where(rows.noised, rng.uniform(0.2, 0.8, rows.noised.shape), 0).astype(np.float32)
+        u = np.take_along_axis(rng.uniform(0.2, 0.8, rows.noised.shape), rows.block_start, axis=-1)
+        u = np.where(rows.noised, u, 0).astype(np.float32)
         x = rows.patches / np.float32(127.5) - 1
         eps = rng.standard_normal(x.shape).astype(np.float32)
         return np.where(rows.is_patch[..., None], (1 - u[..., None]) * x + u[..., None] * eps, 0), u
