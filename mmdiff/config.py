@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot work; the message names the field, the value and the remedy."""
+class ConfigError(Exception):
+    """A configuration that cannot work; the message names the field, the value and the remedy.
+
+    Not a ValueError: tyro catches those while it builds a configuration, and shows a box with exit code 2.
+    """
 
 
 def _require(condition: bool, message: str) -> None:
@@ -42,6 +45,8 @@ class Model:
     qk_norm: bool = False
     rope_base: float = 100.0
     positions: Literal["centred", "scaled", "corner", "raster"] = "centred"
+    patch_places: bool = True
+    """Tell each patch where in its image it stands, at the input; False leaves that to RoPE alone."""
     tie_embeddings: bool = False
     lossless: bool = True
     """Demand a width that can hold a patch exactly: at least 3 * patch^2."""
