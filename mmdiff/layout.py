@@ -54,6 +54,7 @@ class Rows:
     image: Any  # int32 [b, t]; 0 is text, k the k-th image of the row; noised and clean copies share k
     noised: Any  # bool [b, t]
     position: Any  # float32 [b, t, 2]
+    place: Any  # float32 [b, t, 2]; (row, column) of a patch within its image as fractions of its sides, 0 at text
     context_start: Any  # int32 [b, t], as the next three: see IntervalMask
     context_end: Any
     block_start: Any
@@ -185,6 +186,12 @@ def patch_positions(start: float, rows: int, cols: int, kind: Positions) -> tupl
     return np.stack(coordinates, axis=-1).astype(np.float32), float(resume)
 
 
+def patch_places(rows: int, cols: int) -> np.ndarray:
+    """Centres of an image's patches as fractions of its height and width: float32 [rows * cols, 2], raster order."""
+    row, col = np.divmod(np.arange(rows * cols), cols)
+    return np.stack([(row + 0.5) / rows, (col + 0.5) / cols], axis=-1).astype(np.float32)
+
+
 def laid_length(pieces: Sequence[Piece], plans: Sequence[ImagePlan], layout: config.Layout, end: bool = True) -> int:
     """Positions that `lay_out` will use, from lengths alone."""
     length, remaining = 1, iter(plans)
@@ -245,6 +252,7 @@ def lay_out(
         if piece.patches is not None:
             row.patches[t:stop] = piece.patches
         row.is_patch[t:stop], row.image[t:stop], row.position[t:stop] = True, number, where
+        row.place[t:stop] = patch_places(piece.grid_rows, piece.grid_cols)
         row.context_start[t:stop], row.context_end[t:stop] = 0, context_end
         if block:
             row.block_start[t:stop], row.block_end[t:stop] = t, stop
@@ -294,6 +302,7 @@ def empty_row(length: int, patch_values: int) -> Rows:
         image=zeros(np.int32),
         noised=zeros(bool),
         position=zeros(np.float32, 2),
+        place=zeros(np.float32, 2),
         context_start=here.copy(),
         context_end=here + 1,
         block_start=here.copy(),

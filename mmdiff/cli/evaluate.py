@@ -3,11 +3,10 @@
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Sequence
 
 from mmdiff import config
-from mmdiff.cli.arguments import USAGE, Parser, add_drawing, given
+from mmdiff.cli.arguments import Parser, add_drawing, given
 
 DRAWING = ("steps", "guidance", "solver", "grid")
 EXAMPLES = """examples:
@@ -47,13 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.count < 1:
             raise config.ConfigError(f"--count {arguments.count} must be at least 1.")
     except config.ConfigError as error:
-        print(f"mmdiff evaluate: {error}", file=sys.stderr)
-        return USAGE
+        parser.error(str(error))
     model = load(arguments.workdir)
     if arguments.data is not None:
         data = dataclasses.replace(model.cfg.data, path=arguments.data)
         model.cfg = dataclasses.replace(model.cfg, data=data)
     wanted = given(arguments, DRAWING)
+    try:
+        model.options(**wanted)
+    except config.ConfigError as error:
+        parser.error(str(error))
     result = evaluate(model, metrics, count=arguments.count, seed=arguments.seed, phrases=phrases, **wanted)
     print(as_json(result) if arguments.json else table(result))
     return 0
@@ -78,9 +80,8 @@ def as_json(result: dict[str, float]) -> str:
 def table(result: dict[str, float]) -> str:
     """One line per number, standard errors behind their means."""
     shown = [name for name in result if not name.endswith("_stderr")]
-    width = max(map(len, shown), default=0)
-    errors = {name: result.get(f"{name}_stderr") for name in shown}
-    return "\n".join(
-        f"{name:<{width}}  {result[name]:8.4f}" + ("" if errors[name] is None else f"  ± {errors[name]:.4f}")
-        for name in shown
-    )
+    width, lines = max(map(len, shown), default=0), []
+    for name in shown:
+        error = result.get(f"{name}_stderr")
+        lines.append(f"{name:<{width}}  {result[name]:8.4f}" + ("" if error is None else f"  ± {error:.4f}"))
+    return "\n".join(lines)

@@ -5,8 +5,6 @@ each rests on `count` documents whatever the mix the model was trained on. Attri
 mmdiff/data/shapes_reader.py: missing and superfluous things count as wrong, random attributes score about 0.3.
 """
 
-import itertools
-
 from mmdiff.data.shapes import Shapes
 from mmdiff.data.shapes_reader import attribute_accuracy, caption_exact, read_scene, score_caption
 from mmdiff.document import IMG, Document, Image, Text
@@ -76,8 +74,11 @@ def held_out(task: Task, kind: str) -> list[Document]:
 
 def outline(document: Document) -> list[type]:
     """The kinds of a document's segments, adjoining texts taken as one."""
-    kinds = [[kind] if kind is Text else [kind] * len(list(run)) for kind, run in itertools.groupby(map(type, document.segments))]
-    return list(itertools.chain.from_iterable(kinds))
+    kinds: list[type] = []
+    for kind in map(type, document.segments):
+        if kind is not Text or kinds[-1:] != [Text]:
+            kinds.append(kind)
+    return kinds
 
 
 def ended(document: Document) -> bool:

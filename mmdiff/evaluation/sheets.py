@@ -106,7 +106,10 @@ def text_block(text: str, width: int) -> PIL.Image.Image:
     """A text wrapped to `width` pixels."""
     lines = wrap(text, width)
     if len(lines) > LINES:
-        lines = [*lines[: LINES - 1], lines[LINES - 1].rstrip() + " ..."]
+        last = lines[LINES - 1]
+        while font().getlength(f"{last} ...") > width and " " in last:
+            last = last.rpartition(" ")[0]
+        lines = [*lines[: LINES - 1], f"{last} ..."]
     whole = PIL.Image.new("RGB", (width, LINE * max(len(lines), 1)), GROUND)
     pen = PIL.ImageDraw.Draw(whole)
     for number, line in enumerate(lines):

@@ -42,10 +42,10 @@ class Transfusion(nnx.Module):
         if not cfg.tie_embeddings:
             self.text_out = Linear(cfg.width, vocabulary_size, rngs, gain=0.0)
 
-    def embed(self, tokens: jax.Array, is_patch: jax.Array, z: jax.Array, u: jax.Array) -> jax.Array:
-        """tokens, is_patch, u [b, t] and z [b, t, p] to the stack's input [b, t, d], in the compute type."""
+    def embed(self, tokens, is_patch, z, u, place) -> jax.Array:
+        """tokens, is_patch, u [b, t], z [b, t, p], place [b, t, 2] to the stack's input [b, t, d], in the compute type."""
         text = self.text_embedding[...][tokens] * (self.cfg.width**0.5 if self.cfg.tie_embeddings else 1.0)
-        return jnp.where(is_patch[..., None], self.image.embed(z, u), text).astype(Network(self.cfg, 0).compute_type)
+        return jnp.where(is_patch[..., None], self.image.embed(z, u, place), text).astype(Network(self.cfg, 0).compute_type)
 
     def stack(
         self,
@@ -59,7 +59,7 @@ class Transfusion(nnx.Module):
 
         Args:
           x: [b, t, d]; position: [b, t, 2]; mask: [b, t] over s cached keys followed by t own keys.
-          cache: per layer, the keys and values [b, s, h, .] that stand before x.
+          cache: per layer, the keys and values [b, h, s, .] that stand before x.
           keep: also return the keys and values of x, per layer [b, t, h, .].
         """
         width = self.cfg.key_width if self.cfg.block == "gau" else self.cfg.head_width
@@ -85,9 +85,9 @@ class Transfusion(nnx.Module):
         hidden = self.norm(hidden).astype(jnp.float32)
         return hidden @ self.text_embedding[...].T if self.cfg.tie_embeddings else self.text_out(hidden)
 
-    def __call__(self, tokens, is_patch, z, u, position, mask: IntervalMask) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, tokens, is_patch, z, u, place, position, mask: IntervalMask) -> tuple[jax.Array, jax.Array]:
         """A whole row without cache: text logits float32 [b, t, v] and patch predictions float32 [b, t, p]."""
-        hidden, _ = self.stack(self.embed(tokens, is_patch, z, u), position, mask)
+        hidden, _ = self.stack(self.embed(tokens, is_patch, z, u, place), position, mask)
         return self.text_logits(hidden), self.image.predict(hidden)
 
 

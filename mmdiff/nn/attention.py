@@ -21,7 +21,7 @@ DENSE_LIMIT = 1024 * 1024  # queries times keys up to which `auto` takes the den
 
 
 class KeyValue(NamedTuple):
-    """Keys [b, s, h, c] and values [b, s, h, e] of one layer."""
+    """Keys and values of one layer: [b, s, h, c] and [b, s, h, e] as made, [b, h, s, c] and [b, h, s, e] in a cache."""
 
     k: jax.Array
     v: jax.Array
@@ -42,19 +42,20 @@ def attention(
     Args:
       q: [b, t, h, c]; k: [b, s, h, c]; v: [b, s, h, e].
       mask: vectors [b, t] over keys numbered cache first, then `k`.
-      cache: keys and values that stand before `k`.
+      cache: keys and values that stand before `k`, heads first: reading them then needs no transposed copy.
       impl: `dense` materialises the scores; `blockwise` needs O(t) memory; `auto` is dense up to DENSE_LIMIT scores.
     Returns:
       [b, t, h, e]
     """
-    keys = k.shape[1] + (cache.k.shape[1] if cache is not None else 0)
+    keys = k.shape[1] + (cache.k.shape[2] if cache is not None else 0)
     if impl == "auto":
         impl = "dense" if q.shape[1] * keys <= DENSE_LIMIT else "blockwise"
     if impl == "dense":
         return dense_attention(q, k, v, mask, scale=scale, cache=cache)
     if impl == "blockwise":
         if cache is not None:
-            k, v = jnp.concatenate([cache.k, k], axis=1), jnp.concatenate([cache.v, v], axis=1)
+            k = jnp.concatenate([cache.k.swapaxes(1, 2), k], axis=1)
+            v = jnp.concatenate([cache.v.swapaxes(1, 2), v], axis=1)
         return blockwise_attention(q, k, v, mask, scale=scale)
     raise ValueError(f"unknown attention implementation {impl!r}; use 'auto', 'dense' or 'blockwise'.")
 
@@ -64,13 +65,14 @@ def dense_attention(q, k, v, mask: IntervalMask, *, scale: float, cache: KeyValu
     q = q * jnp.asarray(scale, q.dtype)  # on q, the smaller array
     scores = _scores(q, k)
     if cache is not None:
-        scores = jnp.concatenate([_scores(q, cache.k), scores], axis=-1)
+        cached = jnp.einsum("bthc,bhsc->bhts", q, cache.k, preferred_element_type=jnp.float32)
+        scores = jnp.concatenate([cached, scores], axis=-1)
     allowed = mask.dense(scores.shape[-1])[:, None]
     weights = jax.nn.softmax(jnp.where(allowed, scores, NEGATIVE), axis=-1).astype(v.dtype)
     if cache is None:
         return _mix(weights, v)
-    split = cache.k.shape[1]
-    return _mix(weights[..., :split], cache.v) + _mix(weights[..., split:], v)
+    split = cache.k.shape[2]
+    return jnp.einsum("bhts,bhse->bthe", weights[..., :split], cache.v) + _mix(weights[..., split:], v)
 
 
 def _scores(q, k) -> jax.Array:

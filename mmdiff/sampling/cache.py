@@ -26,7 +26,7 @@ CHUNK_BUCKET = 16
 class Cache(NamedTuple):
     """Context of b documents."""
 
-    layers: tuple[KeyValue, ...]  # [b, s, h, .] each
+    layers: tuple[KeyValue, ...]  # [b, h, s, .] each
     length: jax.Array  # int32 [b], slots in use
 
 
@@ -37,6 +37,7 @@ class Chunk(NamedTuple):
     patches: np.ndarray  # uint8 [b, t, p]
     is_patch: np.ndarray  # bool [b, t]
     position: np.ndarray  # float32 [b, t, 2]
+    place: np.ndarray  # float32 [b, t, 2]
     read: np.ndarray  # int32 [b, t]; own positions [0, read) that each may read, beside the whole cache
     count: np.ndarray  # int32 [b]; positions that are not padding
 
@@ -44,7 +45,7 @@ class Chunk(NamedTuple):
 def empty_cache(network: Network, rows: int, slots: int, dtype) -> Cache:
     """Room for `slots` positions in each of `rows` documents."""
     heads, key_width, value_width = network.head
-    lead = (rows, round_up(slots, SLOT_BUCKET), heads)
+    lead = (rows, heads, round_up(slots, SLOT_BUCKET))
     layers = tuple(
         KeyValue(jnp.zeros((*lead, key_width), dtype), jnp.zeros((*lead, value_width), dtype))
         for _ in range(network.cfg.depth)
@@ -54,7 +55,7 @@ def empty_cache(network: Network, rows: int, slots: int, dtype) -> Cache:
 
 def capacity(cache: Cache) -> int:
     """Slots per document."""
-    return cache.layers[0].k.shape[1]
+    return cache.layers[0].k.shape[2]
 
 
 def grow(cache: Cache, slots: int) -> Cache:
@@ -62,7 +63,7 @@ def grow(cache: Cache, slots: int) -> Cache:
     extra = round_up(slots, SLOT_BUCKET) - capacity(cache)
     if extra <= 0:
         return cache
-    pad = [(0, 0), (0, extra), (0, 0), (0, 0)]
+    pad = [(0, 0), (0, 0), (0, extra), (0, 0)]
     return cache._replace(layers=jax.tree.map(lambda a: jnp.pad(a, pad), cache.layers))
 
 
@@ -75,11 +76,12 @@ def make_chunk(streams: list[Rows], starts: list[int], patch_values: int) -> Chu
         patches=np.zeros((rows, length, patch_values), np.uint8),
         is_patch=np.zeros((rows, length), bool),
         position=np.zeros((rows, length, 2), np.float32),
+        place=np.zeros((rows, length, 2), np.float32),
         read=np.zeros((rows, length), np.int32),
         count=np.asarray(counts, np.int32),
     )
     for b, (stream, start, count) in enumerate(zip(streams, starts, counts, strict=True)):
-        for name in ("tokens", "patches", "is_patch", "position"):
+        for name in ("tokens", "patches", "is_patch", "position", "place"):
             getattr(chunk, name)[b, :count] = getattr(stream, name)[start:]
         chunk.read[b, :count] = stream.context_end[start:] - start
     return chunk
@@ -95,7 +97,7 @@ def extend(network: Network, params: Any, cache: Cache, chunk: Chunk) -> tuple[C
     """
     model = network.bind(params)
     rows, length = chunk.tokens.shape
-    x = model.embed(chunk.tokens, chunk.is_patch, normalise(chunk.patches), jnp.zeros((rows, length)))
+    x = model.embed(chunk.tokens, chunk.is_patch, normalise(chunk.patches), jnp.zeros((rows, length)), chunk.place)
     slots = capacity(cache)
     here = jnp.arange(length, dtype=jnp.int32)[None] + slots
     real = here < slots + chunk.count[:, None]
@@ -116,7 +118,7 @@ def append(cache: Cache, own: tuple[KeyValue, ...], count: jax.Array) -> Cache:
     offset = jnp.arange(length, dtype=jnp.int32)[None]
     slots = jnp.where(offset < count[:, None], cache.length[:, None] + offset, capacity(cache))  # past the end: dropped
     row = jnp.arange(rows)[:, None]
-    layers = jax.tree.map(lambda old, new: old.at[row, slots].set(new, mode="drop"), cache.layers, own)
+    layers = jax.tree.map(lambda old, new: old.at[row, :, slots].set(new, mode="drop"), cache.layers, own)
     return Cache(layers, cache.length + count)
 
 

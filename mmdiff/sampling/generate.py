@@ -32,6 +32,7 @@ from mmdiff.layout import (
     drop_text,
     laid_length,
     lay_out,
+    patch_places,
     patch_positions,
     patchify,
     text_pieces,
@@ -311,19 +312,21 @@ class _Session:
         open_images = [d.pieces[-1] for d in drafts]
         guided = options.guidance != 1.0
         take = np.asarray(padded)
-        caches, places = [self._rows(self.cache, take)], [[d.place for d in drafts]]
+        caches, starts = [self._rows(self.cache, take)], [[d.place for d in drafts]]
         if guided:
             unconditional, where = self._unconditional(drafts)
             caches.append(unconditional)
-            places.append(where)
+            starts.append(where)
             slots = max(capacity(c) for c in caches)
             caches = [grow(c, slots) for c in caches]
         count = np.asarray([p.count for p in open_images], np.int32)
-        position = np.zeros((len(places), len(drafts), count.max(), 2), np.float32)
-        for g, where in enumerate(places):
-            for b, (piece, place) in enumerate(zip(open_images, where, strict=True)):
-                grid = piece.grid_rows, piece.grid_cols
-                position[g, b, : piece.count] = patch_positions(place, *grid, cfg.model.positions)[0]
+        position = np.zeros((len(starts), len(drafts), count.max(), 2), np.float32)
+        place_in_image = np.zeros(position.shape[1:], np.float32)
+        for b, piece in enumerate(open_images):
+            grid = piece.grid_rows, piece.grid_cols
+            place_in_image[b, : piece.count] = patch_places(*grid)
+            for g, where in enumerate(starts):
+                position[g, b, : piece.count] = patch_positions(where[b], *grid, cfg.model.positions)[0]
         keys = fold(self.keys[take], np.asarray([2**30 + d.drawn for d in drafts]))
         lowest, highest = options.guidance_interval
         pixels = draw(
@@ -331,7 +334,7 @@ class _Session:
             cfg.diffusion,
             self.model.params,
             tuple(caches),
-            Canvas(position, count, *self._known()),
+            Canvas(position, place_in_image, count, *self._known()),
             self._table(),
             keys,
             Guidance(jnp.float32(options.guidance), jnp.float32(lowest), jnp.float32(highest)),

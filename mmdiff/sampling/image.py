@@ -29,6 +29,7 @@ class Canvas(NamedTuple):
     """Where and how big the images are; documents with fewer than n patches are padded."""
 
     position: np.ndarray  # float32 [g, b, n, 2]; g = 2 with guidance (unconditional second), else 1
+    place: np.ndarray  # float32 [b, n, 2]
     count: np.ndarray  # int32 [b]
     known: np.ndarray | None  # float32 [b, n, p] in [-1, 1]
     repaint: np.ndarray | None  # bool [b, n, p]; True is drawn, False keeps `known`
@@ -62,8 +63,8 @@ def draw(
     """
     model = network.bind(params)
     joined = caches[0] if len(caches) == 1 else jax.tree.map(lambda *c: jnp.concatenate(c), *caches)
-    one = functools.partial(_predict, model, diffusion, caches[0], canvas.position[:1], canvas.count)
-    both = functools.partial(_predict, model, diffusion, joined, canvas.position, canvas.count)
+    one = functools.partial(_predict, model, diffusion, caches[0], canvas, canvas.position[:1])
+    both = functools.partial(_predict, model, diffusion, joined, canvas, canvas.position)
 
     def denoise(point: jax.Array, sigma: jax.Array) -> jax.Array:
         if len(caches) == 1:
@@ -94,7 +95,7 @@ def to_pixels(x: jax.Array) -> jax.Array:
     return jnp.clip(jnp.rint((x + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
 
 
-def _predict(model, diffusion: config.Diffusion, cache: Cache, position, count, point, sigma) -> jax.Array:
+def _predict(model, diffusion: config.Diffusion, cache: Cache, canvas: Canvas, position, point, sigma) -> jax.Array:
     """x_hat [b', n, p] of the noised patches `point` = X, with b' documents (2 b with guidance)."""
     documents, patches = point.shape[:2]
     u = time_of(sigma)
@@ -102,7 +103,8 @@ def _predict(model, diffusion: config.Diffusion, cache: Cache, position, count, 
     z = point * alpha
     slots = capacity(cache)
     here = jnp.broadcast_to(jnp.arange(patches, dtype=jnp.int32), (documents, patches))
-    count = jnp.tile(count, documents // len(count))[:, None]
+    branches = len(position)
+    count = jnp.tile(canvas.count, branches)[:, None]
     real = here < count
     mask = IntervalMask(
         context_start=jnp.zeros_like(here),
@@ -111,7 +113,7 @@ def _predict(model, diffusion: config.Diffusion, cache: Cache, position, count, 
         block_end=slots + jnp.where(real, count, here + 1),
     )
     always = jnp.ones((documents, patches), bool)
-    x = model.embed(jnp.zeros_like(here), always, z, jnp.full((documents, patches), u))
+    x = model.embed(jnp.zeros_like(here), always, z, jnp.full((documents, patches), u), jnp.tile(canvas.place, (branches, 1, 1)))
     hidden, _ = model.stack(x, position.reshape(documents, patches, 2), mask, cache.layers)
     output = model.image.predict(hidden)
     # the smallest clip that keeps eps -> x finite: at sigma_max it must stay below 1 / (1 + sigma)

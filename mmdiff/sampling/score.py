@@ -155,7 +155,7 @@ def _lay_out(model, document: Document) -> Rows:
 def _text_nats(network: Network, params: Any, rows: Rows, text_range: tuple[int, int]) -> jax.Array:
     """-log probability of each row's text tokens, [b]. No text reads a noised block, so their noise is left out."""
     u = jnp.zeros(rows.tokens.shape)
-    logits, _ = network.bind(params)(rows.tokens, rows.is_patch, normalise(rows.patches), u, rows.position, rows.mask)
+    logits, _ = network.bind(params)(rows.tokens, rows.is_patch, normalise(rows.patches), u, rows.place, rows.position, rows.mask)
     counted = ~rows.is_patch & (rows.tokens >= text_range[0]) & (rows.tokens < text_range[1])
     nats = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], rows.tokens[:, 1:])
     return jnp.sum(nats * counted[:, 1:], axis=1)
@@ -170,6 +170,6 @@ def _image_error(
     u = jnp.where(rows.noised, time_of(sigma), 0.0)
     x = normalise(rows.patches)
     z, alpha, scale = corrupt(x, eps, u, diffusion)
-    _, output = network.bind(params)(rows.tokens, rows.is_patch, z, u, rows.position, rows.mask)
+    _, output = network.bind(params)(rows.tokens, rows.is_patch, z, u, rows.place, rows.position, rows.mask)
     x_hat = prediction.convert(output, z, alpha, scale, source=diffusion.prediction, target="x", clip=1e-4)
     return jnp.sum(jnp.where(rows.noised[..., None], (x_hat - x) ** 2, 0.0), axis=(1, 2))

@@ -143,7 +143,7 @@ def _one_token(model, cache: Cache, token: jax.Array, place: jax.Array):
     count, slots = len(token), capacity(cache)
     zeros = jnp.zeros((count, 1))
     z = jnp.zeros((count, 1, model.image.values))
-    x = model.embed(token[:, None], zeros > 0, z, zeros)
+    x = model.embed(token[:, None], zeros > 0, z, zeros, jnp.zeros((count, 1, 2)))
     one = jnp.zeros((count, 1), jnp.int32)
     mask = IntervalMask(one, cache.length[:, None], one + slots, one + slots + 1)
     position = jnp.broadcast_to(place[:, None, None], (count, 1, 2))

@@ -75,7 +75,7 @@ def loss_sums(network: Network, diffusion: config.Diffusion, params: Any, rows: 
     x = normalise(rows.patches)
     z, alpha, sigma = corrupt(x, eps, u, diffusion)
     model = network.bind(params)
-    logits, output = model(rows.tokens, rows.is_patch, z, u, rows.position, rows.mask)
+    logits, output = model(rows.tokens, rows.is_patch, z, u, rows.place, rows.position, rows.mask)
     weight = rows.text_weight[:, 1:]
     nats = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], rows.tokens[:, 1:])
     error = image_error(output, x, eps, alpha, sigma, diffusion)

@@ -33,7 +33,7 @@ def measure(network: Network, diffusion: config.Diffusion, params: Any, rows: Ro
     x = normalise(rows.patches)
     z, alpha, scale = corrupt(x, eps, u, diffusion)
     model = network.bind(params)
-    _, output = model(rows.tokens, rows.is_patch, z, u, rows.position, rows.mask)
+    _, output = model(rows.tokens, rows.is_patch, z, u, rows.place, rows.position, rows.mask)
     x_hat = prediction.convert(output, z, alpha, scale, source=diffusion.prediction, target="x", clip=1e-4)
     noised = rows.noised[..., None]
     return sums, jnp.sum(jnp.where(noised, (x_hat - x) ** 2, 0)), jnp.sum(jnp.where(noised, x**2, 0))
