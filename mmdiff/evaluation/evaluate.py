@@ -7,7 +7,8 @@
 A metric may report several numbers; means of scores come with their standard error, `<name>_stderr`.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from mmdiff import config
@@ -114,18 +115,22 @@ def _generated(generator: str, kind: str) -> Callable[[Task], bool]:
     return applies
 
 
-def _has(kind: type) -> Callable[[Task], bool]:
-    """Whether the first held-out documents hold any text, or any learnt image (an outline's tuple)."""
+def _has_text(task: Task) -> bool:
+    """Whether any of the first held-out documents holds a text."""
+    return any(isinstance(segment, Text) for segment in _segments(task))
 
-    def applies(task: Task) -> bool:
-        outlines = (task.source.outline(i) for i in range(min(LOOKED_AT, len(task.source))))
-        return any(isinstance(s, kind) and (kind is Text or s[2]) for outline in outlines for s in outline)
 
-    return applies
+def _has_image(task: Task) -> bool:
+    """Whether any of the first held-out documents holds an image that is learnt."""
+    return any(isinstance(segment, tuple) and segment[2] for segment in _segments(task))
+
+
+def _segments(task: Task) -> Iterator[Text | tuple[int, int, bool]]:
+    return itertools.chain.from_iterable(task.source.outline(i) for i in range(min(LOOKED_AT, len(task.source))))
 
 
 def _grid_shows(task: Task) -> bool:
-    return task.model.cfg.model.patch > 1 and _has(tuple)(task)
+    return task.model.cfg.model.patch > 1 and _has_image(task)
 
 
 METRICS = {
@@ -136,9 +141,9 @@ METRICS = {
     "interleaved_validity": Metric(shapes.interleaved_validity, "stories about shapes", _generated("shapes", "story")),
     "read_accuracy": Metric(words.read_accuracy, "reading words", _generated("words", "read")),
     "write_accuracy": Metric(words.write_accuracy, "writing words", _generated("words", "draw")),
-    "text_bits_per_byte": Metric(text_bits_per_byte, "texts", _has(Text)),
-    "x_error": Metric(x_error, "images, denoised at eight noise levels", _has(tuple)),
+    "text_bits_per_byte": Metric(text_bits_per_byte, "texts", _has_text),
+    "x_error": Metric(x_error, "images, denoised at eight noise levels", _has_image),
     "patch_grid_ratio": Metric(patch_grid_ratio, "images, at the edges of their patches", _grid_shows),
-    "image_bits_per_dim": Metric(image_bits_per_dim, "a likelihood bound of images (slow)", _has(tuple), usual=False),
-    "phrase_accuracy": Metric(phrase_accuracy, "phrases that captions should name", _has(Text), usual=False),
+    "image_bits_per_dim": Metric(image_bits_per_dim, "a likelihood bound of images (slow)", _has_image, usual=False),
+    "phrase_accuracy": Metric(phrase_accuracy, "phrases that captions should name", _has_text, usual=False),
 }

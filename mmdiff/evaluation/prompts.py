@@ -23,13 +23,12 @@ def drawings(source, count: int, both: bool = False) -> list[Drawing]:
     """
     found: list[Drawing] = []
     for document in _documents(source):
-        place = next((i for i, s in enumerate(document.segments) if isinstance(s, Image) and s.learn), None)
-        if place is None:
-            continue
-        before = document.segments[:place]
-        if both and place == 0 and len(document.segments) == 2:
-            before = document.segments[1:]
-        found.append(Drawing(Document(*before, IMG), document.segments[place]))
+        for place, segment in enumerate(document.segments):
+            if isinstance(segment, Image) and segment.learn:
+                swap = both and place == 0 and len(document.segments) == 2
+                before = document.segments[1:] if swap else document.segments[:place]
+                found.append(Drawing(Document(*before, IMG), segment))
+                break
         if len(found) == count:
             break
     return found
@@ -39,11 +38,10 @@ def pictures(source, count: int, both: bool = False) -> list[tuple[Image, str]]:
     """Images that a text follows (or, with `both`, that one goes with), and that text; at most `count`."""
     found: list[tuple[Image, str]] = []
     for document in _documents(source):
-        segments = document.segments
-        if both and len(segments) == 2 and isinstance(segments[1], Image):
-            segments = segments[::-1]
-        if len(segments) > 1 and isinstance(segments[0], Image) and all(isinstance(s, Text) for s in segments[1:]):
-            found.append((segments[0], "".join(s.text for s in segments[1:])))
+        swap = both and len(document.segments) == 2 and isinstance(document.segments[1], Image)
+        first, *rest = document.segments[::-1] if swap else document.segments
+        if isinstance(first, Image) and rest and len(document.texts) == len(rest):
+            found.append((first, "".join(document.texts)))
             if len(found) == count:
                 break
     return found

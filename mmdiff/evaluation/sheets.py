@@ -9,7 +9,7 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
-from mmdiff.document import IMG, Document, Image
+from mmdiff.document import IMG, Document, Image, Text
 from mmdiff.evaluation.prompts import drawings, pictures
 
 CELL = 112  # pixels of an image's shorter side, about; small images are enlarged by a whole factor
@@ -69,7 +69,10 @@ def band(title: str, cells: Sequence[tuple[np.ndarray, str]]) -> PIL.Image.Image
 
 def strip(document: Document) -> PIL.Image.Image:
     """One document from left to right, its parts centred on one line."""
-    parts = [scaled(s.pixels) if isinstance(s, Image) else text_block(s.text, TEXT_WIDTH) for s in document.segments]
+    parts = [
+        scaled(s.pixels) if isinstance(s, Image) else text_block(s.text if isinstance(s, Text) else "[IMG]", TEXT_WIDTH)
+        for s in document.segments
+    ]
     height = max((part.height for part in parts), default=LINE)
     width = sum(part.width for part in parts) + GAP * max(len(parts) - 1, 0)
     whole = PIL.Image.new("RGB", (max(width, 1), height), GROUND)

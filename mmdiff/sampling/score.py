@@ -155,7 +155,8 @@ def _lay_out(model, document: Document) -> Rows:
 def _text_nats(network: Network, params: Any, rows: Rows, text_range: tuple[int, int]) -> jax.Array:
     """-log probability of each row's text tokens, [b]. No text reads a noised block, so their noise is left out."""
     u = jnp.zeros(rows.tokens.shape)
-    logits, _ = network.bind(params)(rows.tokens, rows.is_patch, normalise(rows.patches), u, rows.place, rows.position, rows.mask)
+    x = normalise(rows.patches)
+    logits, _ = network.bind(params)(rows.tokens, rows.is_patch, x, u, rows.place, rows.position, rows.mask)
     counted = ~rows.is_patch & (rows.tokens >= text_range[0]) & (rows.tokens < text_range[1])
     nats = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], rows.tokens[:, 1:])
     return jnp.sum(nats * counted[:, 1:], axis=1)

@@ -1,0 +1,62 @@
+"""`mmdiff evaluate`: a table, one JSON object, and one line for every mistake."""
+
+import json
+
+import pytest
+
+from mmdiff.cli.evaluate import as_json, table
+
+FAST = ("--metrics", "image_accuracy,x_error", "--count", "2", "--steps", "1")
+
+
+def test_json_is_one_object_and_nothing_else(command, tmp_path):
+    code, said, _ = command("evaluate", tmp_path, *FAST, "--json")
+    result = json.loads(said)
+    assert code == 0 and said.count("\n") == 1
+    assert set(result) == {"image_accuracy", "image_accuracy_stderr", "image_exact", "image_exact_stderr", "x_error"}
+    assert command("evaluate", tmp_path, *FAST, "--json")[1] == said  # every seed is fixed
+
+
+def test_table_has_a_line_per_number(command, tmp_path):
+    code, said, _ = command("evaluate", tmp_path, *FAST)
+    assert code == 0
+    assert [line.split()[0] for line in said.splitlines()] == ["image_accuracy", "image_exact", "x_error"]
+
+
+def test_likelihoods_and_phrases_are_measured_when_asked_for(command, tmp_path):
+    arguments = ("--metrics", "text_bits_per_byte,image_bits_per_dim", "--phrases", "red|blue;circle", "--count", "2")
+    code, said, _ = command("evaluate", tmp_path, *arguments, "--json")
+    result = json.loads(said)
+    assert code == 0
+    assert {"text_bits_per_byte", "image_bits_per_dim", "phrase_accuracy_red", "phrase_majority_circle"} <= set(result)
+    assert 0 < result["image_bits_per_dim"] < 9
+
+
+def test_what_is_not_a_number_is_null():
+    assert as_json({"a": 0.5, "b": float("nan")}) == '{"a": 0.5, "b": null}'
+    assert table({"a": 0.5, "a_stderr": 0.1}) == "a    0.5000  ± 0.1000"
+
+
+MISTAKES = [
+    (("--metrics", "imge_accuracy"), 2, "did you mean 'image_accuracy'"),
+    (("--metrics", "read_accuracy"), 65, "cannot be measured on data.source='shapes'"),
+    (("--metrics", "phrase_accuracy"), 65, "needs phrases"),
+    (("--phrases", "a;;b"), 2, "empty group"),
+    (("--count", "0"), 2, "--count 0"),
+    (("--steps", "0"), 2, "steps=0"),
+    (("--solver", "euler"), 2, "invalid choice: 'euler'"),
+    (("--cuont", "3"), 2, "did you mean '--count'"),
+]
+
+
+@pytest.mark.parametrize("arguments, expected, message", MISTAKES, ids=[m[2] for m in MISTAKES])
+def test_a_mistake_is_one_line(command, tmp_path, arguments, expected, message):
+    code, said, complaint = command("evaluate", tmp_path, *arguments)
+    assert (code, said) == (expected, "")
+    assert message in complaint and complaint.startswith("mmdiff evaluate: ") and complaint.count("\n") == 1
+
+
+def test_help_names_every_metric(command):
+    code, said, _ = command("evaluate", "--help")
+    assert code == 0
+    assert all(name in said for name in ("caption_accuracy", "write_accuracy", "image_bits_per_dim", "examples:"))
