@@ -87,7 +87,7 @@ class Tiny:
 
 @functools.partial(jax.jit, static_argnames="network")
 def forward(network: Network, params, rows: Rows, z, u):
-    return network.bind(params)(rows.tokens, rows.is_patch, z, u, rows.position, rows.mask)
+    return network.bind(params)(rows.tokens, rows.is_patch, z, u, rows.place, rows.position, rows.mask)
 
 
 def picture(grid_rows: int, grid_cols: int, seed: int = 0) -> Image:

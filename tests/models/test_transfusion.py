@@ -32,7 +32,7 @@ def row(tiny_gau, document) -> Rows:
 def influence(network: Network, params, rows: Rows, z, u):
     """bool [t, s]: whether position t's hidden state has any gradient with respect to what stands at s."""
     model = network.bind(params)
-    x = model.embed(rows.tokens, rows.is_patch, z, u)
+    x = model.embed(rows.tokens, rows.is_patch, z, u, rows.place)
 
     def weighted(x):  # random weights: no gradient cancels
         hidden = model.stack(x, rows.position, rows.mask)[0][0]
@@ -157,10 +157,10 @@ def test_permuting_patches_changes_the_output(tiny, document):
     _, plain = tiny.forward(row, z, u)
     _, moved = tiny.forward(row, shuffled, u)
     assert np.abs(moved[0, block] - plain[0, order]).max() > 1e-2
-    # control: with the positions permuted as well, the output is just permuted
-    position = row.position.copy()
-    position[0, block] = row.position[0, order]
-    _, both = tiny.forward(dataclasses.replace(row, position=position), shuffled, u)
+    # control: with positions and places permuted as well, the output is just permuted
+    position, place = row.position.copy(), row.place.copy()
+    position[0, block], place[0, block] = row.position[0, order], row.place[0, order]
+    _, both = tiny.forward(dataclasses.replace(row, position=position, place=place), shuffled, u)
     np.testing.assert_allclose(both[0, block], plain[0, order], atol=TOLERANCE)
 
 
@@ -171,7 +171,7 @@ def value_and_gradient(tiny, network, rows):
     def run(params):
         def total(params):
             model = network.bind(params)
-            logits, patches = model(rows.tokens, rows.is_patch, z, u, rows.position, rows.mask)
+            logits, patches = model(rows.tokens, rows.is_patch, z, u, rows.place, rows.position, rows.mask)
             weight = jax.random.normal(jax.random.key(0), logits.shape)
             return jnp.mean(logits * weight) + jnp.mean(jnp.square(patches)), (logits, patches)
 
@@ -194,7 +194,7 @@ def test_recomputed_and_scanned_layers_equal_unrolled_ones(tiny, row, monkeypatc
 def network_forward(network, params, rows):
     zeros = np.zeros(rows.tokens.shape, np.float32)
     z = np.zeros(rows.patches.shape, np.float32)
-    return network.bind(params)(rows.tokens, rows.is_patch, z, zeros, rows.position, rows.mask)
+    return network.bind(params)(rows.tokens, rows.is_patch, z, zeros, rows.place, rows.position, rows.mask)
 
 
 def test_blockwise_network_equals_dense_network(tiny, row):
@@ -210,12 +210,25 @@ def test_forward_mode_differentiation(tiny, row):
     """The tangent along a direction of u and z: few-step training needs it. Against a finite difference."""
     z, u = tiny.noise(row)
     du = row.noised.astype(np.float32)
-    run = jax.jit(lambda u: tiny.network.bind(tiny.params)(row.tokens, row.is_patch, z, u, row.position, row.mask)[1])
+    model = tiny.network.bind(tiny.params)
+    run = jax.jit(lambda u: model(row.tokens, row.is_patch, z, u, row.place, row.position, row.mask)[1])
     _, tangent = jax.jvp(run, (u,), (du,))
     step = np.float32(1e-2)
     difference = (run(u + step * du) - run(u - step * du)) / (2 * step)
     assert np.abs(tangent[row.noised]).max() > 0.01
     np.testing.assert_allclose(tangent, difference, atol=5e-3 * float(np.abs(tangent).max()))
+
+
+def test_rotary_positions_alone_tell_patches_apart(new_tiny, document):
+    """The test above without the embedding of places."""
+    tiny = new_tiny(patch_places=False)
+    row = tiny.batch([document])
+    z, u = tiny.noise(row)
+    block = np.flatnonzero(row.noised[0] & (row.image[0] == 1))
+    shuffled = z.copy()
+    shuffled[0, block] = z[0, np.roll(block, 1)]
+    (_, plain), (_, moved) = tiny.forward(row, z, u), tiny.forward(row, shuffled, u)
+    assert np.abs(moved[0, block] - plain[0, np.roll(block, 1)]).max() > 1e-2
 
 
 def test_untrained_heads_are_zero(tiny, row):

@@ -125,10 +125,10 @@ def test_a_cache_is_keys_that_stand_before(impl, heads):
     queries, cached = 5, 9
     q, k, v = random_inputs(rng, heads, queries, cached + queries)
     mask = random_mask(rng, queries, cached + queries)
-    cache = KeyValue(jnp.asarray(k[:, :cached]), jnp.asarray(v[:, :cached]))
+    cache = KeyValue(jnp.asarray(k[:, :cached].swapaxes(1, 2)), jnp.asarray(v[:, :cached].swapaxes(1, 2)))
     out = attention(q, k[:, cached:], v[:, cached:], mask, scale=SCALE, cache=cache, impl=impl)
     np.testing.assert_allclose(out, numpy_attention(q, k, v, mask), atol=TOLERANCE)
-    swapped = KeyValue(cache.k[:, ::-1], cache.v[:, ::-1])
+    swapped = KeyValue(cache.k[:, :, ::-1], cache.v[:, :, ::-1])
     wrong = attention(q, k[:, cached:], v[:, cached:], mask, scale=SCALE, cache=swapped, impl=impl)
     assert np.abs(wrong - out).max() > 100 * TOLERANCE
 
