@@ -2,8 +2,8 @@
 
 A worker is a process that stays alive and answers one request at a time, one JSON object per line:
 
-    driver -> worker   {"do": "time", "task": "train_step", "calls": 3}
-    worker -> driver   {"wall_seconds": 1.2, "cpu_seconds": 2.3, "idle_cpu_seconds": 0.0}
+    driver -> worker           {"do": "time", "task": "train_step", "calls": 3}
+    worker -> driver   answer: {"wall_seconds": 1.2, "cpu_seconds": 2.3, "idle_cpu_seconds": 0.0}
 
 Between requests it waits for its next line of input and does nothing, so what the others do is measured alone;
 `idle_cpu_seconds` (the CPU time it used since its last answer) shows that this holds. Only the standard library is
@@ -28,6 +28,7 @@ PEER = "transfusion-pytorch==0.20.0"
 PEER_VENV = HERE.parent / ".venv-transfusion-pytorch"
 TORCH = "torch==2.13.0"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+ANSWER = "answer: "  # starts an answer; what a library prints is ignored
 SETTLE_SECONDS = 0.2  # thread pools spin for a moment after their last work
 
 
@@ -41,7 +42,7 @@ class BenchmarkError(RuntimeError):
 def serve(handlers: dict[str, Callable[..., dict]]) -> None:
     """Answer requests until the input closes; `handlers[do](**rest of the request)` gives the answer."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # what is printed from here on goes to the log
     busy_until = time.process_time()
     for line in sys.stdin:
         idle = time.process_time() - busy_until
@@ -54,7 +55,7 @@ def serve(handlers: dict[str, Callable[..., dict]]) -> None:
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"}
         busy_until = time.process_time()
-        print(json.dumps(answer | {"idle_cpu_seconds": idle}), file=answers, flush=True)
+        print(ANSWER + json.dumps(answer | {"idle_cpu_seconds": idle}), file=answers, flush=True)
 
 
 def timing_handlers(tasks: dict[str, Callable[[], tuple[Callable[[], Any], dict]]], about: dict) -> dict[str, Callable]:
@@ -112,7 +113,7 @@ class Worker:
 
     def __init__(self, name: str, python: str | Path, script: str | Path, *arguments: str):
         self.name = name
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (lives as long as the process)
         # quiet progress bars; the scripts import this module
         environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(HERE), str(HERE.parent)]), TQDM_DISABLE="1")
         self.process = subprocess.Popen(
@@ -134,14 +135,14 @@ class Worker:
         try:
             self.process.stdin.write(json.dumps({"do": do, **request}) + "\n")
             self.process.stdin.flush()
-            line = self.process.stdout.readline()
+            line = next((line for line in self.process.stdout if line.startswith(ANSWER)), "")
         except BrokenPipeError:
             line = ""
         if not line:
             self.process.wait()
             code = self.process.returncode
             raise BenchmarkError(f"the worker {self.name!r} ended with exit code {code}:\n{self.last_words()}")
-        answer = json.loads(line)
+        answer = json.loads(line.removeprefix(ANSWER))
         if "error" in answer:
             raise BenchmarkError(f"the worker {self.name!r} cannot {do}: {answer['error']}\n{self.last_words()}")
         self.idle_cpu_seconds += answer.pop("idle_cpu_seconds", 0.0)
@@ -227,7 +228,8 @@ def machine() -> dict[str, Any]:
     """Hardware, system, date and how busy the machine is."""
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        names = [line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
         model = names[0] if names else model
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     return {

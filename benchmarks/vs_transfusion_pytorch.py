@@ -143,7 +143,10 @@ def table(figures: dict, tasks: list[str]) -> str:
             + ", ".join(f"{name}: {words(figures, task, name)}" for name in OURS)
         )
     if f"peak_memory_ratio_{OURS[0]}" in figures:
-        for key, label in (("peak_memory", "peak memory, train step"), ("peak_memory_above_imports", "  above the imports")):
+        for key, label in (
+            ("peak_memory", "peak memory, train step"),
+            ("peak_memory_above_imports", "  above the imports"),
+        ):
             size = [figures[f"{key}_megabytes_{spelt(name)}"] for name in SIDES]
             share = ", ".join(f"{name}: the peer uses {figures[f'{key}_ratio_{name}']:.1f} times as much" for name in OURS)
             lines.append(f"{label:28} {size[0]:17} MB {size[1]:6} MB {size[2]:6} MB   {share}")
@@ -159,12 +162,12 @@ def words(figures: dict, task: str, block: str) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="3 rounds of about 0.5 s instead of 9 of about 2 s")
     parser.add_argument("--rounds", type=int, help="rounds per task (default 9, with --quick 3)")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="TASK", help="only these: %(choices)s")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="TASK", help="only these: %(choices)s"
+    )
     parser.add_argument("--no-memory", action="store_true", help="skip the memory measurement")
     parser.add_argument("--compile-peer", action="store_true", help="torch.compile the peer's train step (minutes)")
     parser.add_argument("--venv", type=Path, default=common.PEER_VENV, help="the peer's virtual environment, made if missing")
