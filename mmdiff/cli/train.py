@@ -39,14 +39,11 @@ def main(argv: list[str]) -> int:
         print(f"mmdiff train: {problem}", file=sys.stderr)
         return USAGE
     cfg = override(cfg, ["--help" if a == "--fields" else a for a in rest])
-    from mmdiff.training.checkpoint import CheckpointError
     from mmdiff.training.guard import Diverged
     from mmdiff.training.loop import Preempted, train
 
     try:
         metrics = train(cfg, workdir, strict=strict)
-    except CheckpointError as error:
-        raise config.ConfigError(str(error)) from error
     except Diverged as error:
         print(f"mmdiff train: {error}", file=sys.stderr)
         return DIVERGED

@@ -136,7 +136,8 @@ class Network:
 
         Sampling takes them so: a program that reads few positions would spend half its time cutting up stacked arrays.
         """
-        layers = jax.tree.map(lambda leaf: tuple(leaf[i] for i in range(self.cfg.depth)), params["blocks"])
+        split = lambda leaf: leaf if _is_layers(leaf) else tuple(leaf[i] for i in range(self.cfg.depth))
+        layers = jax.tree.map(split, params["blocks"], is_leaf=_is_layers)
         return params | {"blocks": layers}
 
     def bind(self, params: dict[str, Any]) -> Transfusion:

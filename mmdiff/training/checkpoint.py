@@ -26,6 +26,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 import mmdiff
+from mmdiff.document import DataError
 from mmdiff.training.state import fingerprint, named_leaves
 
 FORMAT = 1
@@ -33,7 +34,7 @@ FORMAT = 1
 logging.set_verbosity(logging.ERROR)  # orbax narrates every save
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(DataError):
     """A checkpoint that cannot be written, read or used; one line."""
 
 
