@@ -21,7 +21,7 @@ from flax import nnx
 from mmdiff import config
 from mmdiff.layout import IntervalMask
 from mmdiff.models.patches import RawPatches
-from mmdiff.nn.attention import KeyValue
+from mmdiff.nn.attention import Growing, KeyValue
 from mmdiff.nn.gau import GatedAttentionUnit
 from mmdiff.nn.layers import Linear, RMSNorm
 from mmdiff.nn.rope import rotation
@@ -52,31 +52,31 @@ class Transfusion(nnx.Module):
         x: jax.Array,
         position: jax.Array,
         mask: IntervalMask,
-        cache: tuple[KeyValue, ...] | None = None,
+        context: tuple[KeyValue | Growing, ...] | None = None,
         keep: bool = False,
     ) -> tuple[jax.Array, tuple[KeyValue, ...] | None]:
         """Run the layers.
 
         Args:
           x: [b, t, d]; position: [b, t, 2]; mask: [b, t] over s cached keys followed by t own keys.
-          cache: per layer, the keys and values [b, h, s, .] that stand before x.
-          keep: also return the keys and values of x, per layer [b, t, h, .].
+          context: per layer, the keys and values [b, h, s, .] that stand before x.
+          keep: also return the keys and values of x, per layer [b, h, t, .] (see attention.join).
         """
         width = self.cfg.key_width if self.cfg.block == "gau" else self.cfg.head_width
         angles = rotation(position, width, self.cfg.rope_base)
 
-        def layer(x, block, cached=None):
-            return block(x, angles, mask, cached)
+        def layer(x, block, before=None):
+            return block(x, angles, mask, before)
 
         if self.cfg.remat == "full":
             layer = jax.checkpoint(layer)
         stacked = not isinstance(jax.tree.leaves(self.blocks, is_leaf=_is_layers)[0], tuple)
         unroll = jax.default_backend() == "cpu" and self.cfg.depth <= UNROLL_LIMIT
-        if stacked and cache is None and not keep and not unroll:
+        if stacked and context is None and not keep and not unroll:
             return jax.lax.scan(lambda x, block: (layer(x, block)[0], None), x, self.blocks)
         kept = []
         for index, block in enumerate(unstack(self.blocks, self.cfg.depth)):
-            x, own = layer(x, block, cache[index] if cache is not None else None)
+            x, own = layer(x, block, context[index] if context is not None else None)
             kept.append(own)
         return x, tuple(kept) if keep else None
 
@@ -99,9 +99,7 @@ def unstack(blocks: Any, depth: int) -> list[Any]:
     """Stacked layers (leaves [depth, ...], or tuples of `depth` arrays) as a list of single ones."""
     leaves, structure = jax.tree.flatten(blocks, is_leaf=_is_layers)
     # split, not indexing: its gradient is one concatenation instead of `depth` padded sums
-    parts = [
-        leaf if _is_layers(leaf) else [part[0] for part in jax.lax.split(leaf, (1,) * depth)] for leaf in leaves
-    ]
+    parts = [leaf if _is_layers(leaf) else [part[0] for part in jax.lax.split(leaf, (1,) * depth)] for leaf in leaves]
     return [jax.tree.unflatten(structure, [part[index] for part in parts]) for index in range(depth)]
 
 

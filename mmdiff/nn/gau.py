@@ -13,7 +13,7 @@ from flax import nnx
 
 from mmdiff import config
 from mmdiff.layout import IntervalMask
-from mmdiff.nn.attention import KeyValue, attention
+from mmdiff.nn.attention import Growing, KeyValue, attention, join
 from mmdiff.nn.layers import Linear, RMSNorm
 from mmdiff.nn.rope import Rotation, rotate
 
@@ -30,15 +30,15 @@ class GatedAttentionUnit(nnx.Module):
         if cfg.qk_norm:
             self.norm_q, self.norm_k = RMSNorm(self.key_width), RMSNorm(self.key_width)
 
-    def __call__(self, x: jax.Array, angles: Rotation, mask: IntervalMask, cache: KeyValue | None):
-        """x [b, t, d] to (x [b, t, d], this layer's KeyValue with one head)."""
+    def __call__(self, x: jax.Array, angles: Rotation, mask: IntervalMask, context: KeyValue | Growing | None):
+        """x [b, t, d] to (x [b, t, d], this layer's KeyValue with one head, see attention.join)."""
         wide = jax.nn.silu(self.project(self.norm(x)))
         u, v, z = jnp.split(wide, (self.gated, 2 * self.gated), axis=-1)
         scale, shift = self.scale_qk[...].astype(x.dtype), self.shift_qk[...].astype(x.dtype)
         q, k = z * scale[0] + shift[0], z * scale[1] + shift[1]
         if self.qk_norm:
             q, k = self.norm_q(q), self.norm_k(k)
-        q, k = rotate(q[:, :, None], angles), rotate(k[:, :, None], angles)
-        v = v[:, :, None]
-        mixed = attention(q, k, v, mask, scale=self.key_width**-0.5, cache=cache, impl=self.impl)
-        return x + self.out(u * mixed[:, :, 0]), KeyValue(k, v)
+        q, k = rotate(q[:, None], angles), rotate(k[:, None], angles)
+        parts, kept = join(context, KeyValue(k, v[:, None]))
+        mixed = attention(q, parts, mask, scale=self.key_width**-0.5, impl=self.impl)
+        return x + self.out(u * mixed[:, 0]), kept

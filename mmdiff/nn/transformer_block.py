@@ -12,7 +12,7 @@ from flax import nnx
 
 from mmdiff import config
 from mmdiff.layout import IntervalMask
-from mmdiff.nn.attention import KeyValue, attention
+from mmdiff.nn.attention import Growing, KeyValue, attention, join
 from mmdiff.nn.layers import Linear, RMSNorm
 from mmdiff.nn.rope import Rotation, rotate
 
@@ -32,15 +32,15 @@ class TransformerBlock(nnx.Module):
         if cfg.qk_norm:
             self.norm_q, self.norm_k = RMSNorm(self.head_width), RMSNorm(self.head_width)
 
-    def __call__(self, x: jax.Array, angles: Rotation, mask: IntervalMask, cache: KeyValue | None):
-        """x [b, t, d] to (x [b, t, d], this layer's KeyValue)."""
+    def __call__(self, x: jax.Array, angles: Rotation, mask: IntervalMask, context: KeyValue | Growing | None):
+        """x [b, t, d] to (x [b, t, d], this layer's KeyValue, see attention.join)."""
         rows, length, width = x.shape
         qkv = self.qkv(self.norm_attention(x)).reshape(rows, length, 3, width // self.head_width, self.head_width)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))  # [b, h, t, c] each
         if self.qk_norm:
             q, k = self.norm_q(q), self.norm_k(k)
-        q, k = rotate(q, angles), rotate(k, angles)
-        mixed = attention(q, k, v, mask, scale=self.head_width**-0.5, cache=cache, impl=self.impl)
-        x = x + self.attention_out(mixed.reshape(rows, length, width))
+        parts, kept = join(context, KeyValue(rotate(k, angles), v))
+        mixed = attention(rotate(q, angles), parts, mask, scale=self.head_width**-0.5, impl=self.impl)
+        x = x + self.attention_out(mixed.swapaxes(1, 2).reshape(rows, length, width))
         gate, up = jnp.split(self.gate_up(self.norm_mlp(x)), 2, axis=-1)
-        return x + self.down(jax.nn.silu(gate) * up), KeyValue(k, v)
+        return x + self.down(jax.nn.silu(gate) * up), kept

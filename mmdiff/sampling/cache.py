@@ -47,8 +47,7 @@ def empty_cache(network: Network, rows: int, slots: int, dtype) -> Cache:
     heads, key_width, value_width = network.head
     lead = (rows, heads, round_up(slots, SLOT_BUCKET))
     layers = tuple(
-        KeyValue(jnp.zeros((*lead, key_width), dtype), jnp.zeros((*lead, value_width), dtype))
-        for _ in range(network.cfg.depth)
+        KeyValue(jnp.zeros((*lead, key_width), dtype), jnp.zeros((*lead, value_width), dtype)) for _ in range(network.cfg.depth)
     )
     return Cache(layers, jnp.zeros(rows, jnp.int32))
 
@@ -113,13 +112,13 @@ def extend(network: Network, params: Any, cache: Cache, chunk: Chunk) -> tuple[C
 
 
 def append(cache: Cache, own: tuple[KeyValue, ...], count: jax.Array) -> Cache:
-    """Write the first `count[b]` of the new keys and values [b, t, h, .] behind each document's last slot."""
-    rows, length = own[0].k.shape[:2]
+    """Write the first `count[b]` of the new keys and values [b, h, t, .] behind each document's last slot."""
+    rows, _, length = own[0].k.shape[:3]
     offset = jnp.arange(length, dtype=jnp.int32)[None]
     slots = jnp.where(offset < count[:, None], cache.length[:, None] + offset, capacity(cache))  # past the end: dropped
     row = jnp.arange(rows)[:, None]
-    layers = jax.tree.map(lambda old, new: old.at[row, :, slots].set(new, mode="drop"), cache.layers, own)
-    return Cache(layers, cache.length + count)
+    write = lambda old, new: old.at[row, :, slots].set(new.swapaxes(1, 2), mode="drop")
+    return Cache(jax.tree.map(write, cache.layers, own), cache.length + count)
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -40,7 +40,7 @@ from mmdiff.layout import (
 )
 from mmdiff.models.transfusion import Network
 from mmdiff.sampling import text
-from mmdiff.sampling.cache import SLOT_BUCKET, Cache, capacity, empty_cache, extend, grow, make_chunk, round_up
+from mmdiff.sampling.cache import CHUNK_BUCKET, SLOT_BUCKET, Cache, capacity, empty_cache, extend, grow, make_chunk, round_up
 from mmdiff.sampling.image import Canvas, Guidance, draw
 
 GROUP = 64  # documents sampled together; more of them only cost memory
@@ -260,19 +260,19 @@ class _Session:
         options, patch = self.options, self.model.cfg.model.patch
         # a phase writes at most the budget, and [IMG] with its two size tokens
         longest = max(d.budget for d in self.drafts if d.mode < text.DRAW) + 4
-        self._reserve(max(d.read for d in self.drafts) + longest)
+        slots = round_up(max(d.read for d in self.drafts) + longest, SLOT_BUCKET)
         as_ints = lambda values: jnp.asarray(list(values), jnp.int32)
         size = options.image_size or (0, 0)
         state = text.Writing(
-            cache=self.cache,
             logits=self.logits,
             place=jnp.asarray([d.place for d in self.drafts], jnp.float32),
             mode=as_ints(d.mode for d in self.drafts),
             budget=as_ints(d.budget for d in self.drafts),
             images=as_ints(d.images for d in self.drafts),
             grid_rows=jnp.zeros(len(self.drafts), jnp.int32),
-            tokens=jnp.zeros((len(self.drafts), round_up(longest, SLOT_BUCKET)), jnp.int32),
+            tokens=jnp.zeros((len(self.drafts), round_up(longest, CHUNK_BUCKET)), jnp.int32),
             written=jnp.zeros(len(self.drafts), jnp.int32),
+            read=jnp.zeros(len(self.drafts), jnp.int32),
         )
         choice = text.Choice(
             temperature=jnp.float32(options.temperature),
@@ -281,8 +281,11 @@ class _Session:
             cols=jnp.int32(size[1] // patch),
             patches=jnp.int32(self._largest_image()),
         )
-        state = text.write_text(self.model.network, self.model.special, self.model.params, state, self.keys, choice)
-        self.cache, self.logits = state.cache, state.logits
+        model = self.model
+        self.cache, state = text.write_text(
+            model.network, model.special, model.params, self.cache, state, self.keys, choice, slots
+        )
+        self.logits = state.logits
         host = jax.device_get((state.mode, state.budget, state.images, state.tokens, state.written, state.place))
         for draft, mode, budget, images, tokens, written, place in zip(self.drafts, *host, strict=True):
             if draft.mode < text.DRAW:

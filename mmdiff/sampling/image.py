@@ -113,7 +113,9 @@ def _predict(model, diffusion: config.Diffusion, cache: Cache, canvas: Canvas, p
         block_end=slots + jnp.where(real, count, here + 1),
     )
     always = jnp.ones((documents, patches), bool)
-    x = model.embed(jnp.zeros_like(here), always, z, jnp.full((documents, patches), u), jnp.tile(canvas.place, (branches, 1, 1)))
+    x = model.embed(
+        jnp.zeros_like(here), always, z, jnp.full((documents, patches), u), jnp.tile(canvas.place, (branches, 1, 1))
+    )
     hidden, _ = model.stack(x, position.reshape(documents, patches, 2), mask, cache.layers)
     output = model.image.predict(hidden)
     # the smallest clip that keeps eps -> x finite: at sigma_max it must stay below 1 / (1 + sigma)

@@ -6,7 +6,9 @@ A document is in one of these modes, which also say which tokens it may write ne
     MARKER  [IMG], because the prompt asks for an image here             DRAW    nothing: its image is due
     DONE    nothing
 
-The grammar is enforced by masking logits, so a size is always complete and always fits. Letters: b rows, v vocabulary.
+Keys and values of new tokens go to a buffer with one column per step, which is moved to the cache when the phase ends: a
+document that has stopped simply uses fewer columns. The grammar is enforced by masking logits, so a size is always complete
+and always fits. Letters: b rows, v vocabulary.
 """
 
 import functools
@@ -18,7 +20,8 @@ import jax.numpy as jnp
 from mmdiff.data.vocabulary import Vocabulary
 from mmdiff.layout import IntervalMask
 from mmdiff.models.transfusion import Network
-from mmdiff.sampling.cache import Cache, append, capacity
+from mmdiff.nn.attention import Growing, KeyValue, squeezed
+from mmdiff.sampling.cache import Cache, append, capacity, grow
 
 TEXT, MARKER, ROWS, COLS, DRAW, DONE = range(6)
 NEVER = -1e30
@@ -42,7 +45,6 @@ class Special(NamedTuple):
 class Writing(NamedTuple):
     """State of the text phase of b documents."""
 
-    cache: Cache
     logits: jax.Array  # float32 [b, v] of the next token
     place: jax.Array  # float32 [b]; position of the last token
     mode: jax.Array  # int32 [b]
@@ -50,7 +52,8 @@ class Writing(NamedTuple):
     images: jax.Array  # int32 [b]; images that may still be started
     grid_rows: jax.Array  # int32 [b]; rows of the image being sized
     tokens: jax.Array  # int32 [b, m]; what was written in this phase
-    written: jax.Array  # int32 [b]
+    written: jax.Array  # int32 [b]; how many
+    read: jax.Array  # int32 [b]; of these, how many the model has read: all but [EOS]
 
 
 class Choice(NamedTuple):
@@ -71,45 +74,62 @@ class Narrow(NamedTuple):
     min_p: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("network", "special"), donate_argnames="state")
-def write_text(network: Network, special: Special, params: Any, state: Writing, keys: jax.Array, choice: Choice) -> Writing:
-    """Advance until no document is in TEXT, MARKER, ROWS or COLS. `keys` [b]: one PRNG key per document."""
+@functools.partial(jax.jit, static_argnames=("network", "special", "slots"), donate_argnames="state")
+def write_text(
+    network: Network,
+    special: Special,
+    params: Any,
+    cache: Cache,
+    state: Writing,
+    keys: jax.Array,
+    choice: Choice,
+    slots: int,
+) -> tuple[Cache, Writing]:
+    """Advance until no document is in TEXT, MARKER, ROWS or COLS.
+
+    Args:
+      keys: [b], one PRNG key per document.
+      slots: capacity of the cache that is returned; it must hold what is written.
+    """
     model = network.bind(params)
     allowed_by_mode = _allowed_tables(special, state.logits.shape[-1])
-    rows = jnp.arange(len(state.mode))
+    rows, columns = len(state.mode), state.tokens.shape[1]
 
-    def active(state: Writing):
-        return jnp.any(state.mode < DRAW)
+    def active(carry):
+        return jnp.any(carry[0].mode < DRAW)
 
-    def advance(state: Writing) -> Writing:
+    def advance(carry):
+        state, fresh, column = carry
         going = state.mode < DRAW
         allowed = allowed_by_mode[state.mode] & _fits(special, state, choice)
         # the key is folded with the stream position, so a document's tokens do not depend on its neighbours
-        folded = jax.vmap(jax.random.fold_in)(keys, state.cache.length)
-        token = choose(state.logits, allowed, folded, choice)
-        token = jnp.where(going, token, 0)
+        folded = jax.vmap(jax.random.fold_in)(keys, cache.length + column)
+        token = jnp.where(going, choose(state.logits, allowed, folded, choice), 0)
         is_text = (token >= special.text[0]) & (token < special.text[1])
         budget = state.budget - (going & is_text)
-        mode = _next_mode(special, state.mode, token, budget)
         forward = going & (token != special.eos)
         place = state.place + forward
-        hidden, own = _one_token(model, state.cache, token, place)
-        logits = jnp.where(forward[:, None], model.text_logits(hidden[:, 0]), state.logits)
-        slot = jnp.where(going, state.written, state.tokens.shape[1])
-        grid_rows = jnp.where(state.mode == ROWS, token - special.rows[0] + 1, state.grid_rows)
-        return Writing(
-            cache=append(state.cache, own, forward.astype(jnp.int32)),
-            logits=logits,
+        hidden, fresh = _one_token(model, cache, fresh, column, token, place)
+        state = Writing(
+            logits=jnp.where(forward[:, None], model.text_logits(hidden[:, 0]), state.logits),
             place=place,
-            mode=mode,
+            mode=_next_mode(special, state.mode, token, budget),
             budget=budget,
             images=state.images - (going & (token == special.img)),
-            grid_rows=grid_rows,
-            tokens=state.tokens.at[rows, slot].set(token, mode="drop"),
+            grid_rows=jnp.where(state.mode == ROWS, token - special.rows[0] + 1, state.grid_rows),
+            tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], column, axis=1),
             written=state.written + going,
+            read=state.read + forward,
         )
+        return state, fresh, column + 1
 
-    return jax.lax.while_loop(active, advance, state)
+    heads, key_width, value_width = network.head
+    dtype = cache.layers[0].k.dtype
+    buffer = lambda width: squeezed(jnp.zeros((rows, heads, columns, width), dtype))
+    fresh = tuple(KeyValue(buffer(key_width), buffer(value_width)) for _ in cache.layers)
+    state, fresh, _ = jax.lax.while_loop(active, advance, (state, fresh, jnp.int32(0)))
+    fresh = jax.tree.map(lambda buffer: buffer.reshape(rows, heads, *buffer.shape[-2:]), fresh)
+    return append(grow(cache, slots), fresh, state.read), state
 
 
 def choose(logits: jax.Array, allowed: jax.Array, keys: jax.Array, choice: Choice) -> jax.Array:
@@ -138,16 +158,17 @@ def _lowest(logits: jax.Array, narrow: Narrow) -> jax.Array:
     return jnp.min(jnp.where(keep, ordered, jnp.inf), axis=-1, keepdims=True)
 
 
-def _one_token(model, cache: Cache, token: jax.Array, place: jax.Array):
-    """Forward pass of one text token per document: hidden [b, 1, d] and its keys and values."""
+def _one_token(model, cache: Cache, fresh: tuple[KeyValue, ...], column: jax.Array, token: jax.Array, place: jax.Array):
+    """Forward pass of one text token per document: hidden [b, 1, d], and the buffers with its keys and values."""
     count, slots = len(token), capacity(cache)
     zeros = jnp.zeros((count, 1))
     z = jnp.zeros((count, 1, model.image.values))
     x = model.embed(token[:, None], zeros > 0, z, zeros, jnp.zeros((count, 1, 2)))
     one = jnp.zeros((count, 1), jnp.int32)
-    mask = IntervalMask(one, cache.length[:, None], one + slots, one + slots + 1)
+    mask = IntervalMask(one, cache.length[:, None], one + slots, one + slots + column + 1)
     position = jnp.broadcast_to(place[:, None, None], (count, 1, 2))
-    return model.stack(x, position, mask, cache.layers, keep=True)
+    context = tuple(Growing(old, new, column) for old, new in zip(cache.layers, fresh, strict=True))
+    return model.stack(x, position, mask, context, keep=True)
 
 
 def _allowed_tables(special: Special, size: int) -> jax.Array:
