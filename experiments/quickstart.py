@@ -6,10 +6,15 @@ from mmdiff.config import Config, Data, Layout, Model, Optimizer, Sampling, Trai
 def config() -> Config:
     return Config(
         name="quickstart",
-        model=Model(width=192, depth=6, patch=8, key_width=64),
-        layout=Layout(row_length=160),
-        data=Data(source="shapes", size=20000, generator_image_size=32, max_objects=2, vocabulary_size=512),
-        optimizer=Optimizer(learning_rate=2e-3, warmup=200),
-        training=Training(steps=3000, batch_size=12, ema=0.999, checkpoint_every=1000),
+        model=Model(width=192, depth=4, patch=8, block="attention", head_width=32),
+        layout=Layout(row_length=192, noised_copies=3),
+        data=Data(
+            source="shapes",
+            size=30000,
+            max_objects=2,
+            generator=(("draw", 0.5), ("caption", 0.15), ("question", 0.1), ("edit", 0.1), ("story", 0.15)),
+        ),
+        optimizer=Optimizer(learning_rate=2e-3, warmup=100),
+        training=Training(steps=1600, batch_size=10, ema=0.998, checkpoint_every=400, sample_every=400, validate_every=400),
         sampling=Sampling(steps=10, guidance=1.5),
     )

@@ -122,7 +122,7 @@ def decode_image(data: bytes, size: tuple[int, int] | None = None, name: str = "
     import PIL.Image
 
     try:
-        picture = PIL.Image.open(io.BytesIO(data))
+        picture: PIL.Image.Image = PIL.Image.open(io.BytesIO(data))
         picture.load()
     except Exception as error:  # Pillow raises many kinds for a broken file
         raise DataError(f"{name}: not a readable image ({str(error).splitlines()[0]}).") from error

@@ -84,7 +84,7 @@ class ImagePiece(NamedTuple):
     learn: bool = True
 
     @property
-    def count(self) -> int:
+    def patch_count(self) -> int:
         return self.grid_rows * self.grid_cols
 
 
@@ -175,7 +175,7 @@ def patch_positions(start: float, rows: int, cols: int, kind: Positions) -> tupl
     row, col = np.divmod(np.arange(count), cols)
     if kind == "centred":
         centre = start + (count + 1) / 2
-        coordinates = centre + row - (rows - 1) / 2, centre + col - (cols - 1) / 2
+        coordinates: tuple = centre + row - (rows - 1) / 2, centre + col - (cols - 1) / 2
     elif kind == "scaled":
         coordinates = start + (row + 1) * (count + 1) / (rows + 1), start + (col + 1) * (count + 1) / (cols + 1)
     elif kind == "corner":
@@ -201,7 +201,7 @@ def laid_length(pieces: Sequence[Piece], plans: Sequence[ImagePlan], layout: con
             continue
         plan = next(remaining)
         closed = plan.clean or index + 1 < len(pieces)  # by [/IMG]
-        length += 3 + piece.count * (int(plan.clean) + plan.noised) + int(closed)
+        length += 3 + piece.patch_count * (int(plan.clean) + plan.noised) + int(closed)
     return length + int(end and _closes(pieces, plans))
 
 
@@ -248,7 +248,7 @@ def lay_out(
 
     def write_patches(piece: ImagePiece, number: int, where, context_end: int, block: bool) -> None:
         nonlocal t
-        stop = t + piece.count
+        stop = t + piece.patch_count
         if piece.patches is not None:
             row.patches[t:stop] = piece.patches
         row.is_patch[t:stop], row.image[t:stop], row.position[t:stop] = True, number, where
@@ -273,11 +273,11 @@ def lay_out(
         read = plan.clean or index + 1 < len(pieces)
         if layout.context == "noised" and plan.noised:
             write_patches(piece, number, where, sized, block=True)
-            row.image_weight[sized:t] = 1 / piece.count
+            row.image_weight[sized:t] = 1 / piece.patch_count
             row.max_u[sized:t] = layout.max_context_u if read else 1.0
         else:
             if plan.clean:
-                write_patches(piece, number, where, sized + piece.count, block=False)
+                write_patches(piece, number, where, sized + piece.patch_count, block=False)
             blocks += [(piece, number, where, sized)] * plan.noised
         if read:
             place = resume - 1
@@ -287,7 +287,7 @@ def lay_out(
     for piece, number, where, sized in blocks:
         begin = t
         write_patches(piece, number, where, sized, block=True)
-        row.image_weight[begin:t] = 1 / (piece.count * layout.noised_copies)
+        row.image_weight[begin:t] = 1 / (piece.patch_count * layout.noised_copies)
     return row, place
 
 

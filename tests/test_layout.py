@@ -81,11 +81,11 @@ def reference(pieces, layout, trailing):
         in_place = layout.context == "noised" and piece.learn
         ends_unseen = index == len(pieces) - 1 and (in_place or not trailing)
         if in_place:
-            stream += [Place("noised", number, 1)] * piece.count
+            stream += [Place("noised", number, 1)] * piece.patch_count
         elif not ends_unseen:
-            stream += [Place("clean", number)] * piece.count
+            stream += [Place("clean", number)] * piece.patch_count
         for copy in range(1, layout.noised_copies + 1):
-            blocks += [Place("noised", number, copy)] * (piece.count if piece.learn and not in_place else 0)
+            blocks += [Place("noised", number, copy)] * (piece.patch_count if piece.learn and not in_place else 0)
         if ends_unseen:
             return stream + blocks, len(stream)
         stream += [Place("text")]  # [/IMG]

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     from mmdiff.training.loop import Preempted, train
 
     try:
-        metrics = train(cfg, workdir, strict=strict)
+        metrics = train(cfg, workdir or ".", strict=strict)
     except Diverged as error:
         print(f"mmdiff train: {error}", file=sys.stderr)
         return DIVERGED

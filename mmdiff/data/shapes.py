@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmdiff.config import ConfigError, suggest
-from mmdiff.document import Document, Image, Text
+from mmdiff.document import Document, Image, Segment, Text
 
 FORMS = ("circle", "square", "triangle", "cross")
 SIZES = ("large", "small")
@@ -277,6 +277,7 @@ class Shapes:
         kind = draws.weighted(self.mix)
         scene = self._scene(draws)
         extra: dict[str, Any] = {"kind": kind, "scene": scene}
+        segments: list[Segment]
         if kind == "draw":
             segments = [Text(caption(scene)), self._image(scene)]
         elif kind == "caption":

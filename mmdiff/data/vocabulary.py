@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from mmdiff.config import ConfigError
 from mmdiff.document import DataError
@@ -41,7 +42,7 @@ class Vocabulary:
             raise ConfigError(f"layout.max_grid={max_grid} must be at least 1.")
         self.max_grid = max_grid
         self._model = model
-        self._processor = None if model is None else _processor(model)
+        self._processor: Any = None if model is None else _processor(model)
         self._piece_bytes = [bytes([b]) for b in range(256)] if model is None else _piece_bytes(self._processor)
         self._piece_of_byte: dict[int, int] = {}
         if self._processor is None:

@@ -16,7 +16,7 @@ def guided(cond: jax.Array, uncond: jax.Array, scale: float | jax.Array) -> jax.
     return cond + (scale - 1) * (cond - uncond)
 
 
-def inside(sigma, interval: tuple[float, float]):
+def inside(sigma, interval: tuple[float | jax.Array, float | jax.Array]):
     """Whether guidance acts at noise level sigma: lowest <= sigma <= highest, for numbers and arrays."""
     lowest, highest = interval
     return (sigma >= lowest) & (sigma <= highest)

@@ -49,9 +49,7 @@ class Table:
     noise_scale: np.ndarray  # [n]
 
 
-def solve(
-    denoise: Denoise, x_init: jax.Array, sigmas: np.ndarray, solver: str, noise: Noise | None = None
-) -> jax.Array:
+def solve(denoise: Denoise, x_init: jax.Array, sigmas: np.ndarray, solver: str, noise: Noise | None = None) -> jax.Array:
     """Sample: integrate from `sigmas[0]` to 0.
 
     Args:

@@ -39,7 +39,7 @@ class Chunk(NamedTuple):
     position: np.ndarray  # float32 [b, t, 2]
     place: np.ndarray  # float32 [b, t, 2]
     read: np.ndarray  # int32 [b, t]; own positions [0, read) that each may read, beside the whole cache
-    count: np.ndarray  # int32 [b]; positions that are not padding
+    counts: np.ndarray  # int32 [b]; positions that are not padding
 
 
 def empty_cache(network: Network, rows: int, slots: int, dtype) -> Cache:
@@ -77,7 +77,7 @@ def make_chunk(streams: list[Rows], starts: list[int], patch_values: int) -> Chu
         position=np.zeros((rows, length, 2), np.float32),
         place=np.zeros((rows, length, 2), np.float32),
         read=np.zeros((rows, length), np.int32),
-        count=np.asarray(counts, np.int32),
+        counts=np.asarray(counts, np.int32),
     )
     for b, (stream, start, count) in enumerate(zip(streams, starts, counts, strict=True)):
         for name in ("tokens", "patches", "is_patch", "position", "place"):
@@ -96,19 +96,19 @@ def extend(network: Network, params: Any, cache: Cache, chunk: Chunk) -> tuple[C
     """
     model = network.bind(params)
     rows, length = chunk.tokens.shape
-    x = model.embed(chunk.tokens, chunk.is_patch, normalise(chunk.patches), jnp.zeros((rows, length)), chunk.place)
+    x = model.embed(chunk.tokens, chunk.is_patch, normalise(jnp.asarray(chunk.patches)), jnp.zeros((rows, length)), chunk.place)
     slots = capacity(cache)
     here = jnp.arange(length, dtype=jnp.int32)[None] + slots
-    real = here < slots + chunk.count[:, None]
+    real = here < slots + chunk.counts[:, None]
     mask = IntervalMask(
         context_start=jnp.zeros_like(chunk.read),
         context_end=jnp.where(real, cache.length[:, None], 0),
         block_start=jnp.where(real, slots, here),  # padding reads itself
         block_end=jnp.where(real, slots + chunk.read, here + 1),
     )
-    hidden, own = model.stack(x, chunk.position, mask, cache.layers, keep=True)
-    last = jnp.take_along_axis(hidden, jnp.maximum(chunk.count - 1, 0)[:, None, None], axis=1)[:, 0]
-    return append(cache, own, chunk.count), model.text_logits(last)
+    hidden, own = model.stack(x, jnp.asarray(chunk.position), mask, cache.layers, keep=True)
+    last = jnp.take_along_axis(hidden, jnp.maximum(chunk.counts - 1, 0)[:, None, None], axis=1)[:, 0]
+    return append(cache, own or (), jnp.asarray(chunk.counts)), model.text_logits(last)
 
 
 def append(cache: Cache, own: tuple[KeyValue, ...], count: jax.Array) -> Cache:

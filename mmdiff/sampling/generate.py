@@ -13,7 +13,7 @@ position (text) or the number of the image.
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ from mmdiff.layout import (
 from mmdiff.models.transfusion import Network
 from mmdiff.sampling import text
 from mmdiff.sampling.cache import CHUNK_BUCKET, SLOT_BUCKET, Cache, capacity, empty_cache, extend, grow, make_chunk, round_up
-from mmdiff.sampling.image import Canvas, Guidance, draw
+from mmdiff.sampling.image import Canvas, Guidance, Known, draw
 
 GROUP = 64  # documents sampled together; more of them only cost memory
 
@@ -251,7 +251,7 @@ class _Session:
         chunk = make_chunk([s for s, _ in streams], [d.read for d in self.drafts], self._patch_values)
         self._reserve(max(len(s.tokens) for s, _ in streams))
         self.cache, logits = extend(self.model.network, self.model.params, self.cache, chunk)
-        self.logits = jnp.where((chunk.count > 0)[:, None], logits, self.logits)
+        self.logits = jnp.where((chunk.counts > 0)[:, None], logits, self.logits)
         for draft, (stream, place) in zip(self.drafts, streams, strict=True):
             draft.read, draft.place = len(stream.tokens), place
 
@@ -312,7 +312,7 @@ class _Session:
         drafts, options, cfg = [self.drafts[i] for i in due], self.options, self.model.cfg
         padded = due + [due[0]] * (_bucket(len(due), len(self.drafts)) - len(due))
         drafts = [self.drafts[i] for i in padded]
-        open_images = [d.pieces[-1] for d in drafts]
+        open_images = [cast(ImagePiece, d.pieces[-1]) for d in drafts]
         guided = options.guidance != 1.0
         take = np.asarray(padded)
         caches, starts = [self._rows(self.cache, take)], [[d.place for d in drafts]]
@@ -322,14 +322,14 @@ class _Session:
             starts.append(where)
             slots = max(capacity(c) for c in caches)
             caches = [grow(c, slots) for c in caches]
-        count = np.asarray([p.count for p in open_images], np.int32)
+        count = np.asarray([p.patch_count for p in open_images], np.int32)
         position = np.zeros((len(starts), len(drafts), count.max(), 2), np.float32)
         place_in_image = np.zeros(position.shape[1:], np.float32)
         for b, piece in enumerate(open_images):
             grid = piece.grid_rows, piece.grid_cols
-            place_in_image[b, : piece.count] = patch_places(*grid)
+            place_in_image[b, : piece.patch_count] = patch_places(*grid)
             for g, where in enumerate(starts):
-                position[g, b, : piece.count] = patch_positions(where[b], *grid, cfg.model.positions)[0]
+                position[g, b, : piece.patch_count] = patch_positions(where[b], *grid, cfg.model.positions)[0]
         keys = fold(self.keys[take], np.asarray([2**30 + d.drawn for d in drafts]))
         lowest, highest = options.guidance_interval
         pixels = draw(
@@ -337,15 +337,15 @@ class _Session:
             cfg.diffusion,
             self.model.params,
             tuple(caches),
-            Canvas(position, place_in_image, count, *self._known()),
+            Canvas(position, place_in_image, count, self._known()),
             self._table(),
             keys,
             Guidance(jnp.float32(options.guidance), jnp.float32(lowest), jnp.float32(highest)),
         )
         for i, piece, patches in zip(due, open_images, np.asarray(pixels), strict=False):
             draft = self.drafts[i]
-            draft.pieces[-1] = piece._replace(patches=patches[: piece.count])
-            draft.segments.append(Image(unpatchify(patches[: piece.count], piece.grid_rows, piece.grid_cols)))
+            draft.pieces[-1] = piece._replace(patches=patches[: piece.patch_count])
+            draft.segments.append(Image(unpatchify(patches[: piece.patch_count], piece.grid_rows, piece.grid_cols)))
             draft.drawn += 1
             self._take(draft)
 
@@ -373,14 +373,15 @@ class _Session:
             end=False,
         )
 
-    def _known(self) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def _known(self) -> Known | None:
         """Known patches of the image being inpainted, and where to repaint."""
         if self.known is None:
-            return None, None
+            return None
         image, mask = self.known
         patch = self.model.cfg.model.patch
         wide = np.repeat(mask[..., None], 3, axis=-1)
-        return patchify(image.pixels, patch)[None].astype(np.float32) / 127.5 - 1.0, patchify(wide, patch)[None]
+        pixels = patchify(image.pixels, patch)[None].astype(np.float32) / 127.5 - 1.0
+        return Known(pixels, patchify(wide, patch)[None])
 
     def _table(self) -> solvers.Table:
         options, sampling = self.options, self.model.cfg.sampling

@@ -30,9 +30,15 @@ class Canvas(NamedTuple):
 
     position: np.ndarray  # float32 [g, b, n, 2]; g = 2 with guidance (unconditional second), else 1
     place: np.ndarray  # float32 [b, n, 2]
-    count: np.ndarray  # int32 [b]
-    known: np.ndarray | None  # float32 [b, n, p] in [-1, 1]
-    repaint: np.ndarray | None  # bool [b, n, p]; True is drawn, False keeps `known`
+    counts: np.ndarray  # int32 [b]
+    known: "Known | None"
+
+
+class Known(NamedTuple):
+    """The image to inpaint."""
+
+    pixels: np.ndarray  # float32 [b, n, p] in [-1, 1]
+    repaint: np.ndarray  # bool [b, n, p]; True is drawn, False keeps `pixels`
 
 
 class Guidance(NamedTuple):
@@ -61,22 +67,22 @@ def draw(
     Returns:
       uint8 [b, n, p].
     """
-    model = network.bind(params)
+    model, known = network.bind(params), canvas.known
     joined = caches[0] if len(caches) == 1 else jax.tree.map(lambda *c: jnp.concatenate(c), *caches)
     one = functools.partial(_predict, model, diffusion, caches[0], canvas, canvas.position[:1])
     both = functools.partial(_predict, model, diffusion, joined, canvas, canvas.position)
+
+    def in_both(point: jax.Array, sigma: jax.Array) -> jax.Array:
+        conditional, unconditional = jnp.split(both(jnp.concatenate([point, point]), sigma), 2)
+        return guidance.guided(conditional, unconditional, guide.scale)
 
     def denoise(point: jax.Array, sigma: jax.Array) -> jax.Array:
         if len(caches) == 1:
             x_hat = one(point, sigma)
         else:
             inside = guidance.inside(sigma, (guide.lowest, guide.highest))
-            x_hat = jax.lax.cond(
-                inside,
-                lambda: guidance.guided(*jnp.split(both(jnp.concatenate([point, point]), sigma), 2), guide.scale),
-                lambda: one(point, sigma),
-            )
-        return x_hat if canvas.repaint is None else jnp.where(canvas.repaint, x_hat, canvas.known)
+            x_hat = jax.lax.cond(inside, lambda: in_both(point, sigma), lambda: one(point, sigma))
+        return x_hat if known is None else jnp.where(known.repaint, x_hat, known.pixels)
 
     shape = (canvas.position.shape[2], model.image.values)
 
@@ -84,8 +90,8 @@ def draw(
         return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), shape))(keys)
 
     point = table.level[0] * noise(jnp.asarray(0))
-    if canvas.repaint is not None:
-        point = point + jnp.where(canvas.repaint, 0.0, canvas.known)
+    if known is not None:
+        point = point + jnp.where(known.repaint, 0.0, known.pixels)
     x_hat = integrate(denoise, point, table, lambda step: noise(step + 1))
     return to_pixels(x_hat)
 
@@ -104,7 +110,7 @@ def _predict(model, diffusion: config.Diffusion, cache: Cache, canvas: Canvas, p
     slots = capacity(cache)
     here = jnp.broadcast_to(jnp.arange(patches, dtype=jnp.int32), (documents, patches))
     branches = len(position)
-    count = jnp.tile(canvas.count, branches)[:, None]
+    count = jnp.tile(canvas.counts, branches)[:, None]
     real = here < count
     mask = IntervalMask(
         context_start=jnp.zeros_like(here),

@@ -141,10 +141,10 @@ def restore_params(folder: str | Path, *, ema: bool = True, strict: bool = False
     Raises:
       CheckpointError: no checkpoint there; every one is damaged; or `strict` and the newest is damaged.
     """
-    folder = _absolute(folder)
+    place = _absolute(folder)
     manager = None
-    if folder.exists():
-        manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True, create=False))
+    if place.exists():
+        manager = ocp.CheckpointManager(place, options=ocp.CheckpointManagerOptions(read_only=True, create=False))
     if manager is None or not manager.all_steps():
         raise CheckpointError(f"no checkpoint in {folder}; train first, or pass the folder of a run")
     item = "ema" if ema else "params"

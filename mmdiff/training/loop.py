@@ -191,7 +191,7 @@ def check_workdir(cfg: config.Config, workdir: Path) -> None:
 
 
 def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat

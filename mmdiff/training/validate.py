@@ -19,7 +19,7 @@ from mmdiff.diffusion import prediction
 from mmdiff.diffusion.schedule import time_of
 from mmdiff.layout import Rows
 from mmdiff.models.transfusion import Network
-from mmdiff.training.step import combine, corrupt, loss_sums, normalise
+from mmdiff.training.step import Losses, combine, corrupt, loss_sums, normalise
 
 SIGMAS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
@@ -43,7 +43,8 @@ def validate(network: Network, cfg: config.Config, params: Any, batches: Batches
     """Losses, `text_bits_per_byte` and `x_error` (mean over SIGMAS, and by level) on the first `rows` held-out rows."""
     size = cfg.training.batch_size
     count = max(1, min(rows, batches.rows_per_epoch()) // size)
-    totals, x_error = None, {s: np.zeros(2) for s in SIGMAS}
+    nothing = jnp.zeros((), jnp.float32)
+    totals, x_error = Losses(nothing, nothing, nothing, nothing), {s: np.zeros(2) for s in SIGMAS}
     text_bytes = 0
     for index in range(count):
         batch = batches.batch(index)
@@ -52,7 +53,7 @@ def validate(network: Network, cfg: config.Config, params: Any, batches: Batches
             key = jax.random.fold_in(jax.random.key(index), level)
             sums, wrong, all_of = measure(network, cfg.diffusion, params, batch, key, jnp.float32(sigma))
             x_error[sigma] += np.asarray([wrong, all_of], np.float64)
-            totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
+            totals = jax.tree.map(jnp.add, totals, sums)
     _, metrics = combine(totals, cfg.diffusion)
     # the image loss on this grid of levels is not the training loss, so it is not reported under such a name
     result = {"validation_text_loss": float(metrics["text_loss"])}
