@@ -99,9 +99,13 @@ def _loop(run: Run, state: TrainState, workdir: Path, checkpoints: Checkpoints, 
         if pending is not None:
             _report(*pending, settings, metrics, progress)
         pending = (step + 1, values | ({} if learning_rate is None else {"learning_rate": learning_rate}), begin)
-        checkpoints.save(step + 1, state, meta, force=step + 1 == settings.steps)
-        if terminate.asked:
+        last, stopping = step + 1 == settings.steps, terminate.asked
+        if last or stopping or (step + 1) % settings.checkpoint_every == 0:
+            # before the save, which waits for this step anyway: a run resumed from it must not miss the step's line
+            _report(*pending, settings, metrics, progress)
+            pending = None
             checkpoints.save(step + 1, state, meta, force=True)
+        if stopping:
             raise Preempted(f"stopped by SIGTERM; step {step + 1} is saved in {workdir}")
         if _due(step + 1, settings.validate_every, settings.steps) and run.validation is not None:
             validation = validate(run.network, run.cfg, state.ema, run.validation, settings.validation_rows)
