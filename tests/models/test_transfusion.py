@@ -66,9 +66,7 @@ def places(row, document) -> Places:
     first, t = len(document.tokens), np.arange(64)
     padding = (t >= first) & ~one.is_patch & (one.tokens == 0)
     each = lambda noised: [np.flatnonzero((one.image == k) & (one.noised == noised)) for k in (1, 2)]
-    return Places(
-        np.flatnonzero(~one.is_patch & (t < first)), each(False), each(True), np.flatnonzero(padding), t[t >= first]
-    )
+    return Places(np.flatnonzero(~one.is_patch & (t < first)), each(False), each(True), np.flatnonzero(padding), t[t >= first])
 
 
 def test_influence_is_exactly_what_the_mask_allows(reads, row):

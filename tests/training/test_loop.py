@@ -1,0 +1,143 @@
+"""The training loop in one process: what a run leaves behind, what it refuses, and how it stops."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import mmdiff
+from mmdiff import config
+from mmdiff.config import Config, ConfigError
+from mmdiff.document import DataError
+from mmdiff.layout import empty_row
+from mmdiff.models.transfusion import Network
+from mmdiff.training import guard, loop
+from mmdiff.training import state as train_state
+from mmdiff.training.loop import check_workdir, train, training_flops
+from mmdiff.training.metrics import read_metrics
+from mmdiff.training.optimizer import make_optimizer
+from mmdiff.training.step import make_train_step
+
+
+def tiny_config(**training) -> Config:
+    return Config(
+        name="tiny",
+        model=config.Model(width=48, depth=1, patch=8, key_width=16, lossless=False),
+        layout=config.Layout(row_length=96, max_grid=4),
+        data=config.Data(
+            source="shapes", size=24, generator_image_size=24, max_objects=1, vocabulary="bytes", generator=(("draw", 1.0),)
+        ),
+        optimizer=config.Optimizer(learning_rate=2e-3, warmup=2),
+        training=config.Training(
+            **{"steps": 4, "batch_size": 2, "log_every": 2, "checkpoint_every": 2, "validate_every": 2, "validation_rows": 2}
+            | {"sample_every": 0}
+            | training
+        ),
+        sampling=config.Sampling(steps=1, max_tokens=2),
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(workdir, what `train` returned) of a whole run."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    return workdir, train(tiny_config(), workdir)
+
+
+def test_a_run_leaves_its_configuration_vocabulary_checkpoints_and_metrics(finished):
+    workdir, _ = finished
+    assert Config.from_json((workdir / "config.json").read_text()) == tiny_config()
+    assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()) == [2, 4]
+    assert (workdir / "vocabulary.model").is_file() and not list(workdir.glob("*.part"))
+
+
+def test_metrics_have_the_names_that_scripts_read(finished):
+    workdir, returned = finished
+    records = read_metrics(workdir)
+    logged = [r for r in records if "loss" in r]
+    assert [r["step"] for r in logged] == [2, 4]
+    for record in logged:
+        assert {"step", "loss", "text_loss", "image_loss", "seconds", "grad_norm", "learning_rate"} <= set(record)
+        np.testing.assert_allclose(record["loss"], record["text_loss"] + record["image_loss"], rtol=1e-6)
+    held_out = [r for r in records if "x_error" in r]
+    assert [r["step"] for r in held_out] == [2, 4]
+    assert {k: v for k, v in held_out[-1].items() if k not in ("step", "seconds")} == returned
+    assert all(0 < r["text_bits_per_byte"] < 20 for r in held_out)
+
+
+def test_the_run_loads_as_a_model(finished):
+    model = mmdiff.load(finished[0])
+    last = mmdiff.load(finished[0], ema=False)
+    assert model.cfg == tiny_config()
+    assert any(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (model.params, last.params)), strict=True))
+
+
+def test_a_finished_run_does_nothing_more(finished, capsys):
+    workdir, _ = finished
+    before = (workdir / "metrics.jsonl").read_bytes()
+    train(tiny_config(), workdir)
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+    assert "resuming" in capsys.readouterr().err
+
+
+def test_reporting_may_change_between_runs_but_nothing_else(finished):
+    workdir, _ = finished
+    check_workdir(tiny_config(log_every=7, checkpoint_every=9, validate_every=0), workdir)
+    for other, message in (
+        (tiny_config(seed=1), r"training\.seed=0, not 1"),
+        (tiny_config(steps=9), r"training\.steps=4, not 9"),
+        (dataclasses.replace(tiny_config(), model=config.Model(width=192, patch=8)), r"model\.width=48, not 192"),
+    ):
+        with pytest.raises(ConfigError, match=message + ".*another --workdir"):
+            check_workdir(other, workdir)
+
+
+def test_changed_data_is_refused(finished, monkeypatch):
+    with pytest.raises(DataError, match=r"the data has changed since the checkpoint \(one -> two\); use the data"):
+        loop._check_same({"vocabulary": "v", "data": "one"}, {"vocabulary": "v", "data": "two"}, Path("w"))
+
+
+def test_divergence_stops_the_run_and_keeps_the_last_good_parameters(tmp_path, monkeypatch):
+    """The real loop, its loss made infinite from the third step on."""
+    real = loop.make_train_step
+
+    def broken(network, cfg, tx):
+        step = real(network, cfg, tx)
+
+        def poisoned(state, rows):
+            bad = jax.numpy.where(state.step >= 2, jax.numpy.inf, 1.0)
+            params = jax.tree.map(lambda p: p * bad, state.params)
+            after, metrics = step(dataclasses.replace(state, params=params), rows)
+            kept = jax.tree.map(lambda new, old: jax.numpy.where(state.step >= 2, old, new), after.params, state.params)
+            return dataclasses.replace(after, params=kept), metrics
+
+        return poisoned
+
+    monkeypatch.setattr(loop, "make_train_step", broken)
+    cfg = tiny_config(steps=20, max_skips=3, log_every=1, validate_every=0)
+    with pytest.raises(guard.Diverged, match=r"step 5: no finite loss .* for 3 steps in a row"):
+        train(cfg, tmp_path / "run")
+    records = read_metrics(tmp_path / "run")
+    assert [np.isfinite(r["loss"]) for r in records] == [True, True, False, False]
+    model = mmdiff.load(tmp_path / "run")
+    assert all(np.all(np.isfinite(p)) for p in jax.tree.leaves(model.params))
+
+
+def test_an_example_sheet_is_drawn(tmp_path):
+    cfg = tiny_config(steps=1, sample_every=1, validate_every=0)
+    train(cfg, tmp_path / "run")
+    assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 1
+
+
+def test_flops_agree_with_the_compiler():
+    """XLA's own count of the compiled step, which includes what is not a matrix product."""
+    cfg = dataclasses.replace(tiny_config(), model=config.Model(width=192, depth=2, patch=8))
+    tx, _ = make_optimizer(cfg.optimizer, 10)
+    network = Network(cfg.model, 269)
+    state = jax.eval_shape(lambda: train_state.create(network.init(jax.random.key(0)), tx, 0))
+    one = empty_row(96, 192)
+    rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((2, *a.shape), a.dtype), one)
+    counted = jax.jit(make_train_step(network, cfg, tx)).lower(state, rows).compile().cost_analysis()["flops"]
+    assert 0.8 < training_flops(cfg, 269) / counted < 1.05
