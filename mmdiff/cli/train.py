@@ -1,5 +1,9 @@
 """`mmdiff train`: an experiment file, a workdir, and any field of its configuration."""
 
+import contextlib
+import io
+import itertools
+import re
 import sys
 from pathlib import Path
 
@@ -83,5 +87,19 @@ def unknown_field(arguments: list[str]) -> str | None:
 
 
 def override(cfg: config.Config, arguments: list[str]) -> config.Config:
-    """Apply `--model.width 512` and the like."""
-    return tyro.cli(config.Config, default=cfg, args=arguments, prog="mmdiff train EXPERIMENT.py --workdir DIR")
+    """Apply `--model.width 512` and the like; a value that does not parse ends with one line and exit code 2."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return tyro.cli(config.Config, default=cfg, args=arguments, prog="mmdiff train EXPERIMENT.py --workdir DIR")
+    except SystemExit as stop:
+        if stop.code:
+            print(f"mmdiff train: {first_sentence(told.getvalue())}; see --fields", file=sys.stderr)
+        raise
+
+
+def first_sentence(boxed: str) -> str:
+    """What tyro's box says above its first rule, on one line."""
+    lines = [line.strip(" │").rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", boxed).splitlines()[1:]]
+    said = itertools.takewhile(lambda line: line and not line.startswith(("─", "╰")), lines)
+    return " ".join(said).rstrip(".") or "the arguments do not fit"
