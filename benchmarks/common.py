@@ -172,9 +172,20 @@ def rounds_in_turn(workers: list[Worker], task: str, calls: dict[str, int], roun
         measured = {}
         for worker in workers[shift:] + workers[:shift]:
             time.sleep(SETTLE_SECONDS)
+            busy = busy_cpu_seconds()
             answer = worker.ask("time", task=task, calls=calls[worker.name])
+            others = (busy_cpu_seconds() - busy - answer["cpu_seconds"]) / answer["wall_seconds"]
             measured[worker.name] = {key: value / calls[worker.name] for key, value in answer.items()}
+            measured[worker.name]["cores_used_by_others"] = max(0.0, others)
         yield measured
+
+
+def busy_cpu_seconds() -> float:
+    """CPU time that all processes together have used since the machine started; 0 where the system does not tell."""
+    if not Path("/proc/stat").exists():
+        return 0.0
+    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def compare(rounds: list[dict[str, dict]], ours: str, peer: str) -> dict[str, float]:
@@ -244,9 +255,9 @@ def machine() -> dict[str, Any]:
 
 
 def warn_if_busy(load_average: float) -> None:
-    """Ratios survive other work on the machine, seconds do not."""
+    """Neither seconds nor ratios survive other work: threads that spin while they wait for each other lose most."""
     if load_average > 0.5:
-        say(f"warning: the machine is busy (load average {load_average:.1f}): seconds are not to be trusted")
+        say(f"warning: the machine is busy (load average {load_average:.1f}): the figures are not to be trusted")
 
 
 def say(line: str) -> None:

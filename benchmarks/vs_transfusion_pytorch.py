@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import json
 import math
+import statistics
 import sys
 from pathlib import Path
 
@@ -110,6 +111,8 @@ def summarise(results: dict[str, dict], memory: dict[str, dict]) -> dict:
             cpu = common.median_seconds(result["rounds"], name, "cpu_seconds")
             figures[f"{task}_cpu_seconds_{spelt(name)}"] = round(cpu, 4)
             figures[f"{task}_first_call_seconds_{spelt(name)}"] = round(result["first_call_seconds"][name], 2)
+        others = [side["cores_used_by_others"] for one in result["rounds"] for side in one.values()]
+        figures[f"{task}_cores_used_by_others"] = round(statistics.mean(others), 2)
         figures[f"{task}_path_transfusion_pytorch"] = result["notes"][PEER]["path"]
         for name, note in result["notes"].items():
             for key in ("parameters", "positions_per_row"):
@@ -151,7 +154,8 @@ def table(figures: dict, tasks: list[str]) -> str:
             share = ", ".join(f"{name}: the peer uses {figures[f'{key}_ratio_{name}']:.1f} times as much" for name in OURS)
             lines.append(f"{label:28} {size[0]:17} MB {size[1]:6} MB {size[2]:6} MB   {share}")
     for task in tasks:
-        lines.append(f"transfusion-pytorch path, {TASKS[task]}: {figures[f'{task}_path_transfusion_pytorch']}")
+        path, others = (figures[f"{task}_{key}"] for key in ("path_transfusion_pytorch", "cores_used_by_others"))
+        lines.append(f"{TASKS[task]}: the peer's fastest path is {path}; other processes used {others:.2f} cores")
     return "\n".join(lines)
 
 

@@ -73,7 +73,7 @@ def test_who_goes_first_rotates():
 
         def ask(self, do, task, calls):
             asked.append(self.name)
-            return {"wall_seconds": 1.0}
+            return {"wall_seconds": 1.0, "cpu_seconds": 1.0}
 
     list(common.rounds_in_turn([Recorder(n) for n in "abc"], "task", {n: 1 for n in "abc"}, rounds=3))
     assert "".join(asked) == "abcbcacab"
@@ -102,7 +102,7 @@ def test_speedup_is_the_median_of_the_ratios_per_round():
 
 
 def test_summary_names_ratios_in_words():
-    side = lambda seconds: {"wall_seconds": seconds, "cpu_seconds": seconds}
+    side = lambda seconds: {"wall_seconds": seconds, "cpu_seconds": seconds, "cores_used_by_others": 0.0}
     result = {
         "rounds": [{versus.PEER: side(3.0), "gau": side(1.0), "attention": side(2.0)}],
         "notes": {name: {"path": "a way"} for name in versus.SIDES},
