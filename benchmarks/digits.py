@@ -42,11 +42,12 @@ from mmdiff.training.step import make_train_step
 # The limits of the comparison.
 STEPS, DOCUMENTS_PER_STEP, MOST_PARAMETERS = 1000, 64, 2_801_352
 # How the result is drawn, and what is shown beside it.
-RESULT = {"steps": 10, "guidance": 1.5}
+RESULT = {"steps": 10, "guidance": 1.1}
 EVALUATIONS = (4, 8, 10, 16, 50)
-GUIDANCES = (1.0, 1.5, 2.0)
+GUIDANCES = (1.0, 1.25, 1.5)
 PEER_DRAWINGS = ((4, 1.0), (8, 1.0), (10, 1.0), (16, 1.0), (50, 1.0), (16, 1.5))
 WEIGHTS = "ema"  # "ema" or "params"
+ROWS_PER_STEP = 47  # hold DOCUMENTS_PER_STEP documents
 BLOCK = 25  # training steps between two changes of turn
 
 
@@ -54,13 +55,14 @@ def config(steps: int = STEPS, seed: int = 0) -> Config:
     """All that can be tuned."""
     return Config(
         name="digits",
-        model=Model(width=192, depth=8, patch=2, block="gau", key_width=64),
-        # [BOS] image [/IMG] name [EOS] needs 27 positions; two documents never fit, so a row is one document
-        layout=Layout(row_length=27, trailing_context=0.0, text_drop=0.1, noised_copies=1, max_grid=4),
+        model=Model(width=192, depth=6, patch=2, block="attention", head_width=32),
+        # [BOS] name [IMG] <rows> <cols> and three noised blocks need up to 57 positions; two documents [image, name], 27 each,
+        # share a row
+        layout=Layout(row_length=57, trailing_context=0.0, text_drop=0.1, noised_copies=3, max_grid=4),
         diffusion=Diffusion(),
         data=Data(order="both", vocabulary="bytes"),
         optimizer=Optimizer(learning_rate=2e-3, warmup=100, b2=0.99),
-        training=Training(steps=steps, batch_size=DOCUMENTS_PER_STEP, seed=seed, ema=0.99),
+        training=Training(steps=steps, batch_size=ROWS_PER_STEP, seed=seed, ema=0.99),
         sampling=Sampling(solver="unipc2", grid="uniform_logsnr"),
     )
 
