@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmdiff.layout import IntervalMask
-from mmdiff.nn.attention import KeyValue, attention, blockwise_attention, dense_attention
+from mmdiff.nn.attention import Growing, KeyValue, attention, blockwise_attention, dense_attention, join, squeezed
 
 T, B, C, E = 13, 2, 8, 6  # not a multiple of the block
 BLOCK = 4
@@ -29,39 +29,39 @@ def random_mask(rng, queries, keys) -> IntervalMask:
 
 def random_inputs(rng, heads, queries=T, keys=T):
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    return normal(B, queries, heads, C), normal(B, keys, heads, C), normal(B, keys, heads, E)
+    return normal(B, heads, queries, C), normal(B, heads, keys, C), normal(B, heads, keys, E)
 
 
 def numpy_attention(q, k, v, mask):
     """One query, head and key at a time, float64."""
     out = np.zeros((*q.shape[:3], v.shape[-1]))
-    for b, t, h in np.ndindex(*q.shape[:3]):
+    for b, h, t in np.ndindex(*q.shape[:3]):
         keys = [
             s
-            for s in range(k.shape[1])
+            for s in range(k.shape[2])
             if mask.context_start[b, t] <= s < mask.context_end[b, t] or mask.block_start[b, t] <= s < mask.block_end[b, t]
         ]
-        scores = SCALE * k[b, keys, h].astype(np.float64) @ q[b, t, h]
+        scores = SCALE * k[b, h, keys].astype(np.float64) @ q[b, h, t]
         weights = np.exp(scores - scores.max())
-        out[b, t, h] = weights / weights.sum() @ v[b, keys, h]
+        out[b, h, t] = weights / weights.sum() @ v[b, h, keys]
     return out
 
 
 def numpy_gradients(q, k, v, mask, cotangent):
     """The backward pass of softmax attention by hand, float64, from the dense mask."""
-    allowed = np.asarray(mask.dense(k.shape[1]))[:, None]
+    allowed = np.asarray(mask.dense(k.shape[2]))[:, None]
     q, k, v = (a.astype(np.float64) for a in (q, k, v))
-    scores = np.where(allowed, SCALE * np.einsum("bthc,bshc->bhts", q, k), -np.inf)
+    scores = np.where(allowed, SCALE * np.einsum("bhtc,bhsc->bhts", q, k), -np.inf)
     p = np.exp(scores - scores.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
-    dp = np.einsum("bthe,bshe->bhts", cotangent, v)
+    dp = np.einsum("bhte,bhse->bhts", cotangent, v)
     ds = SCALE * p * (dp - (p * dp).sum(-1, keepdims=True))
-    return np.einsum("bhts,bshc->bthc", ds, k), np.einsum("bhts,bthc->bshc", ds, q), np.einsum("bhts,bthe->bshe", p, cotangent)
+    return np.einsum("bhts,bhsc->bhtc", ds, k), np.einsum("bhts,bhtc->bhsc", ds, q), np.einsum("bhts,bhte->bhse", p, cotangent)
 
 
 @jax.jit
 def dense(q, k, v, mask):
-    return dense_attention(q, k, v, mask, scale=SCALE)
+    return dense_attention(q, [KeyValue(k, v)], mask, scale=SCALE)
 
 
 @jax.jit
@@ -84,7 +84,7 @@ def test_dense_equals_plain_loops_with_gradients(seed, heads):
     q, k, v = random_inputs(rng, heads)
     mask = random_mask(rng, T, T)
     np.testing.assert_allclose(dense(q, k, v, mask), numpy_attention(q, k, v, mask), atol=TOLERANCE)
-    cotangent = rng.standard_normal((B, T, heads, E)).astype(np.float32)
+    cotangent = rng.standard_normal((B, heads, T, E)).astype(np.float32)
     for ours, theirs in zip(gradients(dense, q, k, v, mask, cotangent), numpy_gradients(q, k, v, mask, cotangent), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
 
@@ -96,7 +96,7 @@ def test_blockwise_equals_dense_with_gradients(seed, heads):
     q, k, v = random_inputs(rng, heads)
     mask = random_mask(rng, T, T)
     np.testing.assert_allclose(blockwise(q, k, v, mask), dense(q, k, v, mask), atol=TOLERANCE)
-    cotangent = rng.standard_normal((B, T, heads, E)).astype(np.float32)
+    cotangent = rng.standard_normal((B, heads, T, E)).astype(np.float32)
     pairs = zip(gradients(blockwise, q, k, v, mask, cotangent), gradients(dense, q, k, v, mask, cotangent), strict=True)
     for ours, theirs in pairs:
         np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
@@ -112,7 +112,7 @@ def test_every_end_of_every_interval_counts(function, field):
     mask = IntervalMask(full(2), full(5), full(7), full(10))
     wrong = mask._replace(**{field: getattr(mask, field).copy()})
     getattr(wrong, field)[1, 6] += 1
-    changed = np.abs(np.asarray(function(q, k, v, mask)) - np.asarray(function(q, k, v, wrong))).max((2, 3))
+    changed = np.abs(np.asarray(function(q, k, v, mask)) - np.asarray(function(q, k, v, wrong))).max((1, 3))
     assert changed[1, 6] > 100 * TOLERANCE
     changed[1, 6] = 0
     assert changed.max() == 0
@@ -120,30 +120,46 @@ def test_every_end_of_every_interval_counts(function, field):
 
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("impl", ["dense", "blockwise"])
-def test_a_cache_is_keys_that_stand_before(impl, heads):
+def test_parts_are_keys_one_behind_the_other(impl, heads):
     rng = np.random.default_rng(4)
     queries, cached = 5, 9
     q, k, v = random_inputs(rng, heads, queries, cached + queries)
     mask = random_mask(rng, queries, cached + queries)
-    cache = KeyValue(jnp.asarray(k[:, :cached].swapaxes(1, 2)), jnp.asarray(v[:, :cached].swapaxes(1, 2)))
-    out = attention(q, k[:, cached:], v[:, cached:], mask, scale=SCALE, cache=cache, impl=impl)
+    cache, own = KeyValue(k[:, :, :cached], v[:, :, :cached]), KeyValue(k[:, :, cached:], v[:, :, cached:])
+    out = attention(q, [cache, own], mask, scale=SCALE, impl=impl)
     np.testing.assert_allclose(out, numpy_attention(q, k, v, mask), atol=TOLERANCE)
-    swapped = KeyValue(cache.k[:, :, ::-1], cache.v[:, :, ::-1])
-    wrong = attention(q, k[:, cached:], v[:, cached:], mask, scale=SCALE, cache=swapped, impl=impl)
+    wrong = attention(q, [own, cache], mask, scale=SCALE, impl=impl)
     assert np.abs(wrong - out).max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_growing_context_is_a_cache_and_the_tokens_written_since(heads):
+    """Three tokens, one at a time: the third reads the cache and the first two as if they had stood there."""
+    rng = np.random.default_rng(7)
+    cached, room = 4, 5
+    _, k, v = random_inputs(rng, heads, 1, cached + 3)
+    cache = KeyValue(k[:, :, :cached], v[:, :, :cached])
+    fresh = KeyValue(*(squeezed(jnp.zeros((B, heads, room, width))) for width in (C, E)))
+    for column in range(3):
+        one = slice(cached + column, cached + column + 1)
+        parts, fresh = join(Growing(cache, fresh, jnp.int32(column)), KeyValue(k[:, :, one], v[:, :, one]))
+    together = KeyValue(*(jnp.concatenate(arrays, axis=2) for arrays in zip(*parts, strict=True)))
+    np.testing.assert_array_equal(together.k[:, :, : cached + 3], k)
+    np.testing.assert_array_equal(together.v[:, :, : cached + 3], v)
+    assert together.k.shape[2] == cached + room and not np.any(together.k[:, :, cached + 3 :])
 
 
 def test_long_rows_take_the_blockwise_form_and_unknown_names_are_refused():
     rng = np.random.default_rng(5)
     q, k, v = random_inputs(rng, 1)
     mask = random_mask(rng, T, T)
-    short = jax.make_jaxpr(lambda *a: attention(*a, mask, scale=SCALE))(q, k, v)
-    assert "scan" not in str(short)
-    long = [jax.ShapeDtypeStruct((1, 1100, 1, width), jnp.float32) for width in (C, C, E)]
+    either = lambda mask: lambda q, k, v: attention(q, [KeyValue(k, v)], mask, scale=SCALE)
+    assert "scan" not in str(jax.make_jaxpr(either(mask))(q, k, v))
+    long = [jax.ShapeDtypeStruct((1, 1, 1100, width), jnp.float32) for width in (C, C, E)]
     ones = IntervalMask(*[jnp.ones((1, 1100), jnp.int32)] * 4)
-    assert "scan" in str(jax.make_jaxpr(lambda *a: attention(*a, ones, scale=SCALE))(*long))
+    assert "scan" in str(jax.make_jaxpr(either(ones))(*long))
     with pytest.raises(ValueError, match=r"'splash'.*'dense' or 'blockwise'"):
-        attention(q, k, v, mask, scale=SCALE, impl="splash")
+        attention(q, [KeyValue(k, v)], mask, scale=SCALE, impl="splash")
 
 
 @pytest.mark.parametrize("function", [dense, blockwise])
@@ -151,5 +167,5 @@ def test_large_scores_stay_finite(function):
     q, k, v = (100 * a for a in random_inputs(np.random.default_rng(6), 1))
     mask = random_mask(np.random.default_rng(6), T, T)
     assert np.all(np.isfinite(function(q, k, v, mask)))
-    for grad in gradients(function, q, k, v, mask, np.ones((B, T, 1, E), np.float32)):
+    for grad in gradients(function, q, k, v, mask, np.ones((B, 1, T, E), np.float32)):
         assert np.all(np.isfinite(grad))

@@ -12,7 +12,7 @@ TOLERANCE = 2e-5
 def turned(x, positions):
     """x [n, c] at positions [n, 2]."""
     angles = rotation(jnp.asarray(positions, jnp.float32)[None], x.shape[-1], BASE)
-    return np.asarray(rotate(jnp.asarray(x, jnp.float32)[None, :, None], angles))[0, :, 0]
+    return np.asarray(rotate(jnp.asarray(x, jnp.float32)[None, None], angles))[0, 0]
 
 
 def test_dot_products_depend_on_differences_only_row_and_column_apart():
