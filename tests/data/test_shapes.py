@@ -114,8 +114,7 @@ def test_documents_are_a_function_of_seed_and_index():
 
 
 GOLDEN = (
-    "a large purple cross at the top left, a large purple circle at the bottom left "
-    "and a large blue cross at the bottom right"
+    "a large purple cross at the top left, a large purple circle at the bottom left and a large blue cross at the bottom right"
 )
 
 
@@ -193,9 +192,7 @@ def test_edits_change_one_thing_and_name_it_without_doubt():
         assert (len(gone), len(new)) == {"remove": (1, 0), "add": (0, 1)}.get(text.split()[0], (1, 1))
         assert 1 <= len(after) <= 3 and len({thing.place for thing in after}) == len(after)
         if gone:
-            words = re.match(
-                r"\w+ (the .*?(?:" + "|".join(FORMS) + r")(?: at the (?:" + "|".join(PLACES) + "))?)", text
-            )
+            words = re.match(r"\w+ (the .*?(?:" + "|".join(FORMS) + r")(?: at the (?:" + "|".join(PLACES) + "))?)", text)
             meant = set(words[1].replace(" at", "").split()) - {"the"}
             assert [t for t in before if meant <= set(" ".join(t).split())] == list(gone)
         if new and text.split()[0] != "add":

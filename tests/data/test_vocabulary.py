@@ -96,9 +96,7 @@ def test_training_is_deterministic_and_pays():
     assert "[IMG]" not in [TRAINED.name(i) for i in TRAINED.encode("[IMG]")]
 
 
-@pytest.mark.parametrize(
-    "texts", [["x" * 9000], ["\0"], [" "], ["日本語" * 50], ["".join(map(chr, range(0x4E00, 0x5200)))]]
-)
+@pytest.mark.parametrize("texts", [["x" * 9000], ["\0"], [" "], ["日本語" * 50], ["".join(map(chr, range(0x4E00, 0x5200)))]])
 def test_unusual_text_can_be_trained_on(texts):
     vocabulary = Vocabulary.train(texts, 320)
     assert vocabulary.decode(vocabulary.encode(texts[0])) == texts[0]

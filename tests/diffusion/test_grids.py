@@ -8,9 +8,7 @@ from mmdiff.diffusion import grids, guidance
 
 
 def test_uniform_logsnr():
-    np.testing.assert_allclose(
-        grids.make_grid("uniform_logsnr", 5, 100.0, 0.01), [100, 10, 1, 0.1, 0.01, 0], rtol=1e-12
-    )
+    np.testing.assert_allclose(grids.make_grid("uniform_logsnr", 5, 100.0, 0.01), [100, 10, 1, 0.1, 0.01, 0], rtol=1e-12)
     np.testing.assert_allclose(grids.make_grid("uniform_logsnr", 1, 100.0, 0.01), [100, 0], rtol=1e-12)
 
 

@@ -27,9 +27,7 @@ def noised(kind="flow", u=None, n=64, p=12):
 
 
 def diffusion(source="x", target="v", weighting="none", **others):
-    return config.Diffusion(
-        prediction=source, loss=target, weighting=weighting, weighting_value=VALUES[weighting], **others
-    )
+    return config.Diffusion(prediction=source, loss=target, weighting=weighting, weighting_value=VALUES[weighting], **others)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,9 +62,7 @@ def test_v_loss_of_an_x_prediction_is_jits():
         x, eps, z, alpha, sigma = noised("flow", u)
         x_hat = x + 0.1 * jnp.cos(z)
         known = jnp.mean(((z - x_hat) / max(u, 0.05) - (z - x) / max(u, 0.05)) ** 2, -1)
-        np.testing.assert_allclose(
-            loss.image_error(x_hat, x, eps, alpha, sigma, diffusion()), known, rtol=1e-4, atol=1e-6
-        )
+        np.testing.assert_allclose(loss.image_error(x_hat, x, eps, alpha, sigma, diffusion()), known, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("u", [0.0, 0.02, 0.5, 0.98, 1.0])
@@ -89,9 +85,7 @@ def test_a_perfect_prediction_has_no_loss_and_every_loss_is_finite(source, targe
         x, eps, _, alpha, sigma = noised(kind, u, n=2)
         truth = prediction.truth(x, eps, source)
         np.testing.assert_array_equal(loss.image_error(truth, x, eps, alpha, sigma, config_), 0)
-        value, slope = jax.value_and_grad(lambda *a: loss.image_error(*a, config_).sum())(
-            truth + 1, x, eps, alpha, sigma
-        )
+        value, slope = jax.value_and_grad(lambda *a: loss.image_error(*a, config_).sum())(truth + 1, x, eps, alpha, sigma)
         assert np.isfinite(value) and np.all(np.isfinite(slope))
         if u == 0.3:
             assert value > 1e-3  # an imperfect prediction is noticed
@@ -129,7 +123,7 @@ def test_a_weighting_means_the_same_in_every_space(kind, weighting):
 
 
 def test_loss_spaces_differ_without_a_weighting():
-    x, eps, z, alpha, sigma = noised("flow", 0.25)
+    x, eps, _z, alpha, sigma = noised("flow", 0.25)
     errors = [loss.image_error(x + 0.1, x, eps, alpha, sigma, diffusion("x", target))[0] for target in SPACES]
     np.testing.assert_allclose(errors, [0.01, 0.01 * 9, 0.01 * 16], rtol=1e-4)
 

@@ -77,8 +77,7 @@ def test_logit_normal_times():
 
 def test_uniform_times():
     uniform = {
-        kind: np.asarray(times.sample_times(config.Diffusion(schedule=kind, time_sampling="uniform"), R))
-        for kind in KINDS
+        kind: np.asarray(times.sample_times(config.Diffusion(schedule=kind, time_sampling="uniform"), R)) for kind in KINDS
     }
     np.testing.assert_array_equal(uniform["flow"], R)
     angle = np.arctan(uniform["cosine"] / (1 - uniform["cosine"]))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 
@@ -92,7 +93,7 @@ def test_ddim_is_euler_on_the_flow():
         sigmas = grids.make_grid("uniform_u", 12, SIGMA_MAX, SIGMA_MIN)
         u = sigmas / (1 + sigmas)
         y = p.start * (1 - u[0])
-        for u_now, u_next in zip(u[:-1], u[1:], strict=True):
+        for u_now, u_next in itertools.pairwise(u):
             x_hat = p.mixture.denoise(y / (1 - u_now), u_now / (1 - u_now))
             y = y + (u_next - u_now) * (y - x_hat) / u_now
         np.testing.assert_allclose(solvers.solve(p.mixture.denoise, p.start, sigmas, "ddim"), y, atol=1e-12)
@@ -136,7 +137,7 @@ def _unipc2_loop(denoise, x, sigmas):
 def _heun_loop(denoise, x, sigmas):
     u = sigmas / (1 + sigmas)
     y = x * (1 - u[0])
-    for now, then in zip(u[:-1], u[1:], strict=True):
+    for now, then in itertools.pairwise(u):
         v = (y - denoise(y / (1 - now), now / (1 - now))) / now
         euler = y + (then - now) * v
         if then == 0:

@@ -250,9 +250,7 @@ def test_fingerprints_see_one_bit_of_any_type():
             changed.view(np.uint8)[index * words.itemsize] ^= 1
             assert fingerprint(changed.reshape(np.shape(x))) != fingerprint(x)
     x = arrays[0]
-    assert (
-        len({fingerprint(y) for y in (x, -x, x[::-1], x.reshape(7, 5, 3), jnp.zeros_like(x))}) == 4
-    )  # reshaped: equal
+    assert len({fingerprint(y) for y in (x, -x, x[::-1], x.reshape(7, 5, 3), jnp.zeros_like(x))}) == 4  # reshaped: equal
     assert fingerprint(jax.random.key(1)) != fingerprint(jax.random.key(2))
 
 
