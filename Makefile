@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 	@echo "sample sheets: runs/quickstart/samples    a document the model wrote: runs/quickstart/story/index.html"
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -12,10 +12,10 @@ from mmdiff.config import Config, Data, Layout, Model, Optimizer, Sampling, Trai
 def config() -> Config:
     return Config(
         name="faces_64",
-        model=Model(width=256, depth=8, patch=8),
-        layout=Layout(row_length=320, noised_copies=2),
+        model=Model(width=256, depth=6, patch=8, block="attention", head_width=32),
+        layout=Layout(row_length=240, noised_copies=2),
         data=Data(source="documents", path="data/faces_64", order="both"),
         optimizer=Optimizer(learning_rate=1.5e-3, warmup=200),
-        training=Training(steps=9000, batch_size=6, ema=0.999, checkpoint_every=500, sample_every=1000, validate_every=500),
+        training=Training(steps=6000, batch_size=8, ema=0.999, checkpoint_every=500, sample_every=1000, validate_every=500),
         sampling=Sampling(steps=10, guidance=1.5),
     )
