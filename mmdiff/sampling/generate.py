@@ -189,8 +189,11 @@ class Model:
                 raise config.ConfigError(f"seed has {len(seeds)} entries for {len(documents)} documents.")
             keys = jnp.stack([jax.random.fold_in(jax.random.key(s), 0) for s in seeds])
         finished: list[Document] = []
-        for start in range(0, len(documents), GROUP):
-            finished += _Session(self, documents[start : start + GROUP], keys[start : start + GROUP], options, known).run()
+        groups = max(1, -(-len(documents) // GROUP))
+        size = -(-len(documents) // groups)  # groups of one size: one program for all of them but perhaps the last
+        for start in range(0, len(documents), size or 1):
+            chosen = slice(start, start + size)
+            finished += _Session(self, documents[chosen], keys[chosen], options, known).run()
         return finished
 
 
