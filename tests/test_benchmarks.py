@@ -181,7 +181,7 @@ def test_digits_learns_and_is_judged(monkeypatch):
     cfg = digits.config(steps=2)
     tiny = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, width=32, depth=1))
     digits_set = digits_data.load()
-    few = dataclasses.replace(digits_set, held_out=digits_set.held_out[:64], held_out_labels=digits_set.held_out_labels[:64])
+    few = dataclasses.replace(digits_set, held_out=digits_set.held_out[:60], held_out_labels=digits_set.held_out_labels[:60])
     learner = digits.Learner(tiny, digits_set)
     blocks = digits.learn(learner, None)
     figures, drawn = digits.evaluate(learner.model(), few, digits_data.Judge(few), seed=0)

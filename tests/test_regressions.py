@@ -23,7 +23,8 @@ from sampling.reference import Reference
 from mmdiff.data.batches import Batches, Choice
 from mmdiff.document import IMG, Document, Text
 from mmdiff.layout import ImagePiece, ImagePlan, text_pieces
-from mmdiff.sampling import generate, image
+from mmdiff.sampling import image
+from mmdiff.sampling import session as sessions
 from mmdiff.sampling.generate import Model
 
 TOLERANCE = 1e-5
@@ -60,14 +61,14 @@ def test_1_forced_sizes_are_obeyed(model, size):
 def test_1_sizes_that_the_model_writes_are_obeyed(model, tiny_gau, monkeypatch):
     """Its size tokens, as the text phase wrote them, against the pixels that came back."""
     written = []
-    keep = generate._Session._keep
+    keep = sessions.Session._keep
 
     def spy(session, draft, tokens):
-        if draft.mode == generate.text.DRAW:
+        if draft.mode == sessions.text.DRAW:
             written.append((tiny_gau.vocabulary.row_count(int(tokens[-2])), tiny_gau.vocabulary.col_count(int(tokens[-1]))))
         keep(session, draft, tokens)
 
-    monkeypatch.setattr(generate._Session, "_keep", spy)
+    monkeypatch.setattr(sessions.Session, "_keep", spy)
     documents = model.generate([Document("1", IMG)] * 8, max_tokens=0, steps=1, temperature=2.0, seed=3)
     sizes = [(d.images[0].height // 2, d.images[0].width // 2) for d in documents]
     assert sizes == written and any(rows != cols for rows, cols in sizes) and len(set(sizes)) > 2
@@ -122,13 +123,13 @@ def test_6_the_unconditional_prompt_is_that_of_training(model, tiny_gau, new_pic
     stream = ~row.noised
 
     seen = []
-    extend = generate.extend
+    extend = sessions.extend
 
     def spy(network, params, cache, chunk):
         seen.append(chunk)
         return extend(network, params, cache, chunk)
 
-    monkeypatch.setattr(generate, "extend", spy)
+    monkeypatch.setattr(sessions, "extend", spy)
     model.generate([Document("12", first, "3", IMG)], image_size=(4, 4), max_tokens=0, steps=1, guidance=2.0)
     prompt, unconditional = seen
     count = int(unconditional.counts[0])
@@ -149,7 +150,7 @@ def test_7_patches_know_their_places(model, monkeypatch):
     real = jax.random.normal
     same = lambda key, shape=(), *rest: np.zeros(shape) + real(key, shape[-1:]) if len(shape) == 2 else real(key, shape, *rest)
     monkeypatch.setattr(jax.random, "normal", same)
-    monkeypatch.setattr(generate, "draw", traced_anew())
+    monkeypatch.setattr(sessions, "draw", traced_anew())
     (document,) = model.generate([Document("1", IMG)], image_size=(6, 6), max_tokens=0, steps=2)
     patches = document.images[0].pixels.reshape(3, 2, 3, 2, 3).swapaxes(1, 2).reshape(9, -1)
     assert len({p.tobytes() for p in patches}) == 9
@@ -197,7 +198,7 @@ def test_9_an_image_prompt_is_written_exactly_as_in_training(tiny_gau, positions
     cfg = dataclasses.replace(tiny_gau.cfg, model=dataclasses.replace(tiny_gau.cfg.model, positions=positions))
     tiny = dataclasses.replace(tiny_gau, cfg=cfg)
     variant = Model(cfg, tiny.params, tiny.vocabulary)
-    session = generate._Session(variant, [Document("1")], jax.random.split(jax.random.key(0), 1), variant.options(), None)
+    session = sessions.Session(variant, [Document("1")], jax.random.split(jax.random.key(0), 1), variant.options(), None)
     pieces = tiny.pieces("12", (2, 3), "4", (3, 1), "5")
     for end in range(1, len(pieces) + 1):
         part = pieces[:end]
@@ -223,13 +224,13 @@ def test_9_an_image_prompt_is_written_exactly_as_in_training(tiny_gau, positions
 def test_10_what_follows_an_image_reads_it_clean(model, reference, tiny_gau, monkeypatch):
     """Logits after an image was drawn, against a training row with its 8-bit pixels at u = 0."""
     after = []
-    read = generate._Session._read
+    read = sessions.Session._read
 
     def spy(session):
         read(session)
         after.append((list(session.drafts[0].pieces), np.asarray(session.logits[0])))
 
-    monkeypatch.setattr(generate._Session, "_read", spy)
+    monkeypatch.setattr(sessions.Session, "_read", spy)
     model.generate([Document("12", IMG)], image_size=(4, 6), max_tokens=1, max_images=0, steps=3, seed=4)
     pieces, logits = after[1]
     assert isinstance(pieces[-1], ImagePiece) and pieces[-1].patches is not None
@@ -252,7 +253,7 @@ def evaluations(monkeypatch):
         return predict(model, diffusion, cache, canvas, position, point, sigma)
 
     monkeypatch.setattr(image, "_predict", counting)
-    monkeypatch.setattr(generate, "draw", traced_anew())
+    monkeypatch.setattr(sessions, "draw", traced_anew())
     return counts
 
 

@@ -1,19 +1,13 @@
-"""Mixed generation: prompts in, finished documents out.
+"""The public face of a trained model: generate, caption, inpaint, score.
 
-The host keeps one `Draft` per document; the device works in three kinds of calls, each for all documents that are due:
-
-    read   append what the prompt (or a finished clean image) adds to the stream       cache.extend
-    write  text until every document has drawn a size token, ended or spent its budget text.write_text
-    draw   the images that are due, all solver steps in one program                    image.draw
-
-Documents do not depend on one another: every random number comes from a document's own key, folded with the stream
-position (text) or the number of the image.
+Documents of one call are sampled together (`mmdiff.sampling.session`) and do not depend on one another: every random number
+comes from a document's own key.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,82 +15,13 @@ import numpy as np
 
 from mmdiff import config
 from mmdiff.data.vocabulary import Vocabulary
-from mmdiff.diffusion import grids, solvers
-from mmdiff.document import IMG, DataError, Document, Image, Segment, Text
-from mmdiff.layout import (
-    ImagePiece,
-    ImagePlan,
-    Piece,
-    Rows,
-    TextPiece,
-    drop_text,
-    laid_length,
-    lay_out,
-    patch_places,
-    patch_positions,
-    patchify,
-    text_pieces,
-    unpatchify,
-)
+from mmdiff.document import IMG, DataError, Document, Image
+from mmdiff.layout import ImagePiece, ImagePlan, Piece, laid_length, text_pieces
 from mmdiff.models.transfusion import Network
 from mmdiff.sampling import text
-from mmdiff.sampling.cache import CHUNK_BUCKET, SLOT_BUCKET, Cache, capacity, empty_cache, extend, grow, make_chunk, round_up
-from mmdiff.sampling.image import Canvas, Guidance, Known, draw
+from mmdiff.sampling.session import Options, Session, fold
 
 GROUP = 64  # documents sampled together; more of them only cost memory
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """How to sample; the defaults are those of the model's configuration (see Model.options).
-
-    steps: network evaluations (NFE) per image. guidance: scale, 1 is off. guidance_interval: noise levels sigma between
-    which it acts. max_tokens: text tokens written per document, over all its texts. max_images: images the model may
-    start by itself (those that the prompt asks for come on top). image_size: (height, width) in pixels, None lets the
-    model choose. temperature 0 is greedy; top_k, top_p, min_p narrow the choice of tokens. seed: an int, or one per
-    document.
-    """
-
-    steps: int
-    solver: str
-    grid: str
-    guidance: float
-    guidance_interval: tuple[float, float]
-    max_tokens: int
-    max_images: int
-    image_size: tuple[int, int] | None = None
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | Sequence[int] = 0
-
-    def __post_init__(self):
-        check = config._require
-        check(self.steps >= 1, f"steps={self.steps} must be at least 1.")
-        check(self.guidance >= 0, f"guidance={self.guidance} must not be negative (1 is off).")
-        check(self.max_tokens >= 0, f"max_tokens={self.max_tokens} must not be negative.")
-        check(self.max_images >= 0, f"max_images={self.max_images} must not be negative.")
-        check(self.temperature >= 0, f"temperature={self.temperature} must not be negative (0 is greedy).")
-        check(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1].")
-        check(0 <= self.min_p <= 1, f"min_p={self.min_p} must be in [0, 1].")
-        check(self.top_k >= 0, f"top_k={self.top_k} must not be negative (0 is off).")
-
-
-@dataclasses.dataclass
-class Draft:
-    """A document in the making."""
-
-    queue: list[Segment]  # of the prompt, not yet read
-    segments: list[Segment]  # of the result
-    pieces: list[Piece]
-    mode: int
-    budget: int
-    images: int
-    drawn: int = 0
-    ended: bool = False  # the model wrote [EOS], it did not run out of budget
-    read: int = 0  # positions of the stream that are in the cache
-    place: float = -1.0  # position of the last of them
 
 
 class Model:
@@ -193,243 +118,8 @@ class Model:
         size = -(-len(documents) // groups)  # groups of one size: one program for all of them but perhaps the last
         for start in range(0, len(documents), size or 1):
             chosen = slice(start, start + size)
-            finished += _Session(self, documents[chosen], keys[chosen], options, known).run()
+            finished += Session(self, documents[chosen], keys[chosen], options, known).run()
         return finished
-
-
-class _Session:
-    """One group of documents, generated together."""
-
-    def __init__(self, model: Model, documents, keys, options: Options, known):
-        self.model, self.keys, self.options, self.known = model, keys, options, known
-        self.drafts = [Draft(list(d.segments), [], [], text.TEXT, options.max_tokens, options.max_images) for d in documents]
-        self.cache: Cache = empty_cache(model.network, len(documents), SLOT_BUCKET, model.network.compute_type)
-        self.logits = jnp.zeros((len(documents), model.vocabulary.size), jnp.float32)
-
-    def run(self) -> list[Document]:
-        for draft in self.drafts:
-            self._take(draft)
-        while True:
-            self._read()
-            if any(d.mode < text.DRAW for d in self.drafts):
-                self._write()
-            due = [i for i, d in enumerate(self.drafts) if d.mode == text.DRAW]
-            if due:
-                self._draw(due)
-            if all(d.mode == text.DONE for d in self.drafts):
-                return [Document(*d.segments, extra={"ended": d.ended}) for d in self.drafts]
-
-    def _take(self, draft: Draft) -> None:
-        """Move the prompt up to its next IMG (or its end) into the pieces, and decide what comes after it."""
-        model, size = self.model, self.options.image_size
-        while draft.queue and draft.queue[0] is not IMG:
-            segment = draft.queue.pop(0)
-            draft.segments.append(segment)
-            draft.pieces += text_pieces(Document(segment), model.vocabulary, model.cfg.model.patch)
-        if draft.queue:
-            draft.queue.pop(0)
-            if size is None:
-                draft.mode, draft.images = text.MARKER, draft.images + 1
-            else:
-                self._open(draft, size[0] // model.cfg.model.patch, size[1] // model.cfg.model.patch)
-        elif draft.budget > 0:
-            draft.mode = text.TEXT
-        else:
-            draft.mode = text.DONE
-
-    def _open(self, draft: Draft, grid_rows: int, grid_cols: int) -> None:
-        """Put an image without patches at the end: its size tokens stand, it is still to be drawn."""
-        draft.pieces.append(ImagePiece(None, grid_rows, grid_cols))
-        draft.mode = text.DRAW
-
-    def _read(self) -> None:
-        """Bring the cache up to date with the pieces of every document that goes on."""
-        streams = [self._stream(d.pieces) for d in self.drafts]
-        for draft, (stream, _) in zip(self.drafts, streams, strict=True):
-            if draft.mode == text.DONE:  # nothing will read it
-                draft.read = len(stream.tokens)
-        pending = [len(s.tokens) - d.read for (s, _), d in zip(streams, self.drafts, strict=True)]
-        if not any(pending):
-            return
-        chunk = make_chunk([s for s, _ in streams], [d.read for d in self.drafts], self._patch_values)
-        self._reserve(max(len(s.tokens) for s, _ in streams))
-        self.cache, logits = extend(self.model.network, self.model.params, self.cache, chunk)
-        self.logits = jnp.where((chunk.counts > 0)[:, None], logits, self.logits)
-        for draft, (stream, place) in zip(self.drafts, streams, strict=True):
-            draft.read, draft.place = len(stream.tokens), place
-
-    def _write(self) -> None:
-        """The text phase."""
-        options, patch = self.options, self.model.cfg.model.patch
-        # a phase writes at most the budget, and [IMG] with its two size tokens
-        longest = max(d.budget for d in self.drafts if d.mode < text.DRAW) + 4
-        slots = round_up(max(d.read for d in self.drafts) + longest, SLOT_BUCKET)
-        as_ints = lambda values: jnp.asarray(list(values), jnp.int32)
-        size = options.image_size or (0, 0)
-        state = text.Writing(
-            logits=self.logits,
-            place=jnp.asarray([d.place for d in self.drafts], jnp.float32),
-            mode=as_ints(d.mode for d in self.drafts),
-            budget=as_ints(d.budget for d in self.drafts),
-            images=as_ints(d.images for d in self.drafts),
-            grid_rows=jnp.zeros(len(self.drafts), jnp.int32),
-            tokens=jnp.zeros((len(self.drafts), round_up(longest, CHUNK_BUCKET)), jnp.int32),
-            written=jnp.zeros(len(self.drafts), jnp.int32),
-            read=jnp.zeros(len(self.drafts), jnp.int32),
-        )
-        choice = text.Choice(
-            temperature=jnp.float32(options.temperature),
-            narrow=self._narrow(),
-            rows=jnp.int32(size[0] // patch),
-            cols=jnp.int32(size[1] // patch),
-            patches=jnp.int32(self._largest_image()),
-        )
-        model = self.model
-        self.cache, state = text.write_text(
-            model.network, model.special, model.params, self.cache, state, self.keys, choice, slots
-        )
-        self.logits = state.logits
-        host = jax.device_get((state.mode, state.budget, state.images, state.tokens, state.written, state.place))
-        for draft, mode, budget, images, tokens, written, place in zip(self.drafts, *host, strict=True):
-            if draft.mode < text.DRAW:
-                draft.mode, draft.budget, draft.images = int(mode), int(budget), int(images)
-                draft.place = float(place)
-                draft.ended = bool(written) and int(tokens[written - 1]) == self.model.vocabulary.eos
-                self._keep(draft, tokens[:written])
-
-    def _keep(self, draft: Draft, tokens: np.ndarray) -> None:
-        """Turn the tokens of a text phase into pieces and segments."""
-        vocabulary = self.model.vocabulary
-        start, stop = vocabulary.text_range
-        written = tokens[(tokens >= start) & (tokens < stop)]
-        if len(written):
-            draft.pieces.append(TextPiece(written.astype(np.int32)))
-            draft.segments.append(Text(vocabulary.decode(written.tolist())))
-        draft.read += len(written)
-        if draft.mode == text.DRAW:
-            self._open(draft, vocabulary.row_count(int(tokens[-2])), vocabulary.col_count(int(tokens[-1])))
-            draft.read += 3
-
-    def _draw(self, due: list[int]) -> None:
-        """The image phase for the documents `due`."""
-        drafts, options, cfg = [self.drafts[i] for i in due], self.options, self.model.cfg
-        padded = due + [due[0]] * (_bucket(len(due), len(self.drafts)) - len(due))
-        drafts = [self.drafts[i] for i in padded]
-        open_images = [cast(ImagePiece, d.pieces[-1]) for d in drafts]
-        guided = options.guidance != 1.0
-        take = np.asarray(padded)
-        caches, starts = [self._rows(self.cache, take)], [[d.place for d in drafts]]
-        if guided:
-            unconditional, where = self._unconditional(drafts)
-            caches.append(unconditional)
-            starts.append(where)
-            slots = max(capacity(c) for c in caches)
-            caches = [grow(c, slots) for c in caches]
-        count = np.asarray([p.patch_count for p in open_images], np.int32)
-        position = np.zeros((len(starts), len(drafts), count.max(), 2), np.float32)
-        place_in_image = np.zeros(position.shape[1:], np.float32)
-        for b, piece in enumerate(open_images):
-            grid = piece.grid_rows, piece.grid_cols
-            place_in_image[b, : piece.patch_count] = patch_places(*grid)
-            for g, where in enumerate(starts):
-                position[g, b, : piece.patch_count] = patch_positions(where[b], *grid, cfg.model.positions)[0]
-        keys = fold(self.keys[take], np.asarray([2**30 + d.drawn for d in drafts]))
-        lowest, highest = options.guidance_interval
-        pixels = draw(
-            self.model.network,
-            cfg.diffusion,
-            self.model.params,
-            tuple(caches),
-            Canvas(position, place_in_image, count, self._known()),
-            self._table(),
-            keys,
-            Guidance(jnp.float32(options.guidance), jnp.float32(lowest), jnp.float32(highest)),
-        )
-        for i, piece, patches in zip(due, open_images, np.asarray(pixels), strict=False):
-            draft = self.drafts[i]
-            draft.pieces[-1] = piece._replace(patches=patches[: piece.patch_count])
-            draft.segments.append(Image(unpatchify(patches[: piece.patch_count], piece.grid_rows, piece.grid_cols)))
-            draft.drawn += 1
-            self._take(draft)
-
-    def _unconditional(self, drafts: list[Draft]) -> tuple[Cache, list[float]]:
-        """Contexts without text, built by the function that drops text in training."""
-        streams = [self._stream(drop_text(d.pieces)) for d in drafts]
-        chunk = make_chunk([s for s, _ in streams], [0] * len(drafts), self._patch_values)
-        cache = empty_cache(
-            self.model.network, len(drafts), max(len(s.tokens) for s, _ in streams), self.model.network.compute_type
-        )
-        return extend(self.model.network, self.model.params, cache, chunk)[0], [place for _, place in streams]
-
-    def _stream(self, pieces: list[Piece]) -> tuple[Rows, float]:
-        """The context stream so far: finished images clean, an open one only announced."""
-        plans = [ImagePlan(p.patches is not None, 0) for p in pieces if isinstance(p, ImagePiece)]
-        cfg = self.model.cfg
-        clean = dataclasses.replace(cfg.layout, context="clean")
-        return lay_out(
-            pieces,
-            plans,
-            self.model.vocabulary,
-            clean,
-            patch_values=self._patch_values,
-            positions=cfg.model.positions,
-            end=False,
-        )
-
-    def _known(self) -> Known | None:
-        """Known patches of the image being inpainted, and where to repaint."""
-        if self.known is None:
-            return None
-        image, mask = self.known
-        patch = self.model.cfg.model.patch
-        wide = np.repeat(mask[..., None], 3, axis=-1)
-        pixels = patchify(image.pixels, patch)[None].astype(np.float32) / 127.5 - 1.0
-        return Known(pixels, patchify(wide, patch)[None])
-
-    def _table(self) -> solvers.Table:
-        options, sampling = self.options, self.model.cfg.sampling
-        try:
-            intervals = grids.intervals(options.solver, options.steps)
-            grid = grids.make_grid(
-                options.grid, intervals, sampling.sigma_max, sampling.sigma_min, self.model.cfg.diffusion.shift
-            )
-            return solvers.make_table(options.solver, grid)
-        except ValueError as error:
-            raise config.ConfigError(str(error)) from error
-
-    def _largest_image(self) -> int:
-        """Patches of the largest image the model may choose: what fits a training row."""
-        return max(1, self.model.cfg.layout.row_length)
-
-    def _narrow(self) -> text.Narrow | None:
-        options = self.options
-        if options.top_k == 0 and options.top_p == 1.0 and options.min_p == 0.0:
-            return None
-        return text.Narrow(jnp.int32(options.top_k), jnp.float32(options.top_p), jnp.float32(options.min_p))
-
-    def _reserve(self, slots: int) -> None:
-        self.cache = grow(self.cache, slots)
-
-    @property
-    def _patch_values(self) -> int:
-        return 3 * self.model.cfg.model.patch**2
-
-    @staticmethod
-    def _rows(cache: Cache, take: np.ndarray) -> Cache:
-        if np.array_equal(take, np.arange(len(cache.length))):
-            return cache
-        return jax.tree.map(lambda a: a[take], cache)
-
-
-@jax.jit
-def fold(keys: jax.Array, numbers: np.ndarray) -> jax.Array:
-    """One key per document from keys [b] and int [b]."""
-    return jax.vmap(jax.random.fold_in)(keys, numbers)
-
-
-def _bucket(count: int, most: int) -> int:
-    """`count` rounded up to a power of two, at most `most`: few shapes, few programs."""
-    return min(most, 1 << (count - 1).bit_length())
 
 
 def load(workdir: str | Path, *, ema: bool = True) -> Model:

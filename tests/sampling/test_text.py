@@ -134,9 +134,9 @@ def test_no_tokens_no_images_nothing_is_added(model):
 
 def test_the_largest_image_fits_a_training_row(model, tiny_gau, monkeypatch):
     """With room for 6 patches, sizes of up to 4 x 4 are cut to those that fit, rows and columns together."""
-    from mmdiff.sampling import generate
+    from mmdiff.sampling import session as sessions
 
-    monkeypatch.setattr(generate._Session, "_largest_image", lambda session: 6)
+    monkeypatch.setattr(sessions.Session, "_largest_image", lambda session: 6)
     drawn = model.generate([Document(IMG)] * 32, temperature=2.0, max_tokens=0, steps=1, seed=2)
     sizes = {(d.images[0].height // 2, d.images[0].width // 2) for d in drawn}
     assert max(r * c for r, c in sizes) == 6 or max(r * c for r, c in sizes) == 4

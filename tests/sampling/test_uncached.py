@@ -8,7 +8,8 @@ import pytest
 
 from mmdiff.document import IMG, Document
 from mmdiff.layout import unpatchify
-from mmdiff.sampling import generate, image
+from mmdiff.sampling import image
+from mmdiff.sampling import session as sessions
 from mmdiff.sampling.generate import Model
 
 from .reference import Reference
@@ -46,14 +47,14 @@ def recorded(monkeypatch, exact_draw):
         def run(session):
             method(session)
             for number, draft in enumerate(session.drafts):
-                if draft.mode < generate.text.DONE:  # a finished document's cache goes no further
+                if draft.mode < sessions.text.DONE:  # a finished document's cache goes no further
                     phases.setdefault(number, []).append((list(draft.pieces), np.asarray(session.logits[number])))
 
         return run
 
-    monkeypatch.setattr(generate, "draw", draw)
+    monkeypatch.setattr(sessions, "draw", draw)
     for name in ("_read", "_write"):
-        monkeypatch.setattr(generate._Session, name, noting(getattr(generate._Session, name)))
+        monkeypatch.setattr(sessions.Session, name, noting(getattr(sessions.Session, name)))
     return x_hats, phases
 
 
