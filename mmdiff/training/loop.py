@@ -22,7 +22,7 @@ from mmdiff.document import DataError
 from mmdiff.evaluation.sheets import sample_sheet
 from mmdiff.parallel.mesh import make_mesh, place_rows, replicated
 from mmdiff.sampling.generate import Model
-from mmdiff.training import guard
+from mmdiff.training import flops, guard
 from mmdiff.training.checkpoint import Checkpoints
 from mmdiff.training.metrics import Metrics, Progress
 from mmdiff.training.run import VOCABULARY_FILE, Run, build
@@ -35,7 +35,7 @@ def train(cfg: config.Config, workdir: str | Path, *, strict: bool = False) -> d
     """Train, or resume, the run in `workdir`.
 
     Args:
-      cfg: must equal the workdir's own configuration when it has one, up to `training.steps` and how often to report.
+      cfg: must equal the workdir's own configuration when it has one, up to how often it logs, saves, samples and validates.
       strict: stop at a damaged checkpoint instead of taking an older one.
     Returns:
       the last validation metrics (empty without held-out data).
@@ -82,7 +82,13 @@ def _loop(run: Run, state: TrainState, workdir: Path, checkpoints: Checkpoints, 
     start = int(state.step)
     metrics = Metrics(workdir, start, write=jax.process_index() == 0)
     positions = settings.batch_size * run.cfg.layout.row_length
-    progress = Progress(settings.steps, start, tokens_per_step=positions)
+    progress = Progress(
+        settings.steps,
+        start,
+        tokens_per_step=positions,
+        flops_per_step=flops.training_flops(run.cfg, run.vocabulary.size),
+        peak_flops=flops.peak_flops(jax.devices()),
+    )
     step_program = jax.jit(make_train_step(run.network, run.cfg, run.tx), donate_argnums=0)
     begin, validation = time.monotonic(), {}
     pending: tuple[int, dict[str, jax.Array], float] | None = None
@@ -147,31 +153,13 @@ def describe(run: Run, compiled) -> None:
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     memory = compiled.memory_analysis()
     print(
-        f"{count / 1e6:.2f}M parameters; one step: {training_flops(run.cfg, run.vocabulary.size) / 1e9:.1f} GFLOP, "
+        f"{count / 1e6:.2f}M parameters; one step: {flops.training_flops(run.cfg, run.vocabulary.size) / 1e9:.1f} GFLOP, "
         f"{run.cfg.training.batch_size} rows of {run.cfg.layout.row_length} positions, "
         f"{memory.temp_size_in_bytes / 2**20:.0f} MiB of temporaries; "
         f"{len(run.train.source)} documents, {run.train.rows_per_epoch()} rows an epoch, "
         f"{100 * run.train.waste():.1f}% padding",
         file=sys.stderr,
     )
-
-
-def training_flops(cfg: config.Config, vocabulary_size: int) -> float:
-    """Floating-point operations of one training step: matrix products, forward and backward (three times forward).
-
-    Counted by hand, 2 per multiply-add, because XLA counts the body of a scan once; attention at full row length.
-    """
-    model, length = cfg.model, cfg.layout.row_length
-    if model.block == "gau":
-        gated = model.expansion * model.width
-        layer = model.width * (2 * gated + model.key_width) + gated * model.width
-        mix = length * (model.key_width + gated)
-    else:
-        inner = -(-8 * model.width // 3 // 64) * 64
-        layer = 4 * model.width**2 + 3 * model.width * inner
-        mix = 2 * length * model.width
-    heads = model.width * (vocabulary_size + 2 * 3 * model.patch**2)
-    return 3 * 2 * cfg.training.batch_size * length * (model.depth * (layer + mix) + heads)
 
 
 def check_workdir(cfg: config.Config, workdir: Path) -> None:

@@ -125,10 +125,13 @@ class Progress:
         start: int = 0,
         *,
         tokens_per_step: int = 0,
+        flops_per_step: float = 0.0,
+        peak_flops: float = 0.0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._total, self._tokens = total, tokens_per_step
+        self._flops, self._peak = flops_per_step, peak_flops
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
         self._live = self._stream.isatty()
@@ -146,6 +149,10 @@ class Progress:
             parts.append(f"{rate:.3g} step/s")
             if self._tokens:
                 parts.append(f"{_short(rate * self._tokens)} tokens/s")
+            if self._flops and self._peak:
+                parts.append(f"MFU {100 * rate * self._flops / self._peak:.1f}%")
+            elif self._flops:
+                parts.append(f"{_short(rate * self._flops, ' ')}FLOP/s")
             parts.append(f"ETA {_clock_time((self._total - step) / rate)}")
         line = "  ".join(parts)
         if self._live:
@@ -160,11 +167,11 @@ class Progress:
             print(file=self._stream, flush=True)
 
 
-def _short(number: float) -> str:
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+def _short(number: float, space: str = "") -> str:
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= limit:
-            return f"{number / limit:.3g}{unit}"
-    return f"{number:.3g}"
+            return f"{number / limit:.3g}{space}{unit}"
+    return f"{number:.3g}{space}"
 
 
 def _clock_time(seconds: float) -> str:

@@ -15,7 +15,8 @@ from mmdiff.layout import empty_row
 from mmdiff.models.transfusion import Network
 from mmdiff.training import guard, loop
 from mmdiff.training import state as train_state
-from mmdiff.training.loop import check_workdir, train, training_flops
+from mmdiff.training.flops import training_flops
+from mmdiff.training.loop import check_workdir, train
 from mmdiff.training.metrics import read_metrics
 from mmdiff.training.optimizer import make_optimizer
 from mmdiff.training.step import make_train_step

@@ -125,3 +125,12 @@ def test_progress_reports_speed_and_time_left(stream):
     assert "step 300/4000  loss 1.25  20 step/s  164k tokens/s  ETA 3:05" in text
     assert text.count("\n") == (1 if stream is Terminal else 2)
     assert ("\r" in text) == (stream is Terminal)
+
+
+@pytest.mark.parametrize(("peak", "shown"), [(0.0, "20 TFLOP/s"), (40e12, "MFU 50.0%")])
+def test_progress_shows_the_work_done(peak, shown):
+    times = iter([0.0, 10.0])
+    out = io.StringIO()
+    progress = Progress(4000, 100, flops_per_step=2e12, peak_flops=peak, stream=out, clock=lambda: next(times))
+    progress.report(200, {"loss": 1.0})
+    assert f"10 step/s  {shown}  ETA" in out.getvalue()
