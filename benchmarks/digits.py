@@ -37,7 +37,7 @@ from mmdiff.models.transfusion import Network
 from mmdiff.sampling import generate
 from mmdiff.training import state as train_state
 from mmdiff.training.optimizer import make_optimizer
-from mmdiff.training.step import make_train_step
+from mmdiff.training.step import compile_train_step
 
 # The limits of the comparison.
 STEPS, DOCUMENTS_PER_STEP, MOST_PARAMETERS = 1000, 64, 2_801_352
@@ -88,8 +88,8 @@ class Learner:
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(network.init, key)))
         self._check()
         self.state = train_state.create(network.init(key), tx, cfg.training.seed)
-        self.step = jax.jit(make_train_step(network, cfg, tx), donate_argnums=0)
         self.rows = self.batches.iterate(0, cfg.training.steps)
+        self.step = compile_train_step(network, cfg, tx, self.state, self.batches.batch(0))
 
     def train(self, steps: int) -> dict[str, float]:
         """The next steps; seconds for all of them, and the last loss."""

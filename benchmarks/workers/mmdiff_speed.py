@@ -21,7 +21,7 @@ from mmdiff.models.transfusion import Network
 from mmdiff.sampling.generate import Model
 from mmdiff.training import state
 from mmdiff.training.optimizer import make_optimizer
-from mmdiff.training.step import make_train_step
+from mmdiff.training.step import compile_train_step
 
 SIZES, BLOCK = json.loads(sys.argv[1]), sys.argv[2]
 BATCHES = 4
@@ -43,7 +43,7 @@ def configuration() -> config.Config:
             row_length=1 + SIZES["text_tokens"] + 3 + patches, trailing_context=0.0, text_drop=0.0, max_grid=8
         ),
         optimizer=config.Optimizer(learning_rate=3e-4, weight_decay=0.01, clip=0.0, b2=0.999),
-        training=config.Training(batch_size=SIZES["batch"], seed=SIZES["seed"]),
+        training=config.Training(batch_size=SIZES["batch"], accumulate=SIZES["pieces"], seed=SIZES["seed"]),
     )
 
 
@@ -64,8 +64,8 @@ def train_step():
     rows = [jax.tree.map(jnp.asarray, batches.batch(i)) for i in range(BATCHES)]
     network = Network(cfg.model, vocabulary.size)
     tx, _ = make_optimizer(cfg.optimizer, cfg.training.steps)
-    step = jax.jit(make_train_step(network, cfg, tx), donate_argnums=0)
     current = state.create(network.init(jax.random.key(SIZES["seed"])), tx, SIZES["seed"])
+    step = compile_train_step(network, cfg, tx, current, rows[0])
     parameters, done = count(current.params), 0
 
     def call():
@@ -75,7 +75,7 @@ def train_step():
         return float(metrics["loss"])
 
     positions = int((rows[0].is_patch | (rows[0].text_weight > 0)).sum(axis=1).max()) + 1  # [BOS] has no weight
-    return call, {"path": "make_train_step", "parameters": parameters, "positions_per_row": positions}
+    return call, {"path": "compile_train_step", "parameters": parameters, "positions_per_row": positions}
 
 
 @functools.cache

@@ -71,8 +71,7 @@ class Transfusion(nnx.Module):
         if self.cfg.remat == "full":
             layer = jax.checkpoint(layer)
         stacked = not isinstance(jax.tree.leaves(self.blocks, is_leaf=_is_layers)[0], tuple)
-        unroll = jax.default_backend() == "cpu" and self.cfg.depth <= UNROLL_LIMIT
-        if stacked and context is None and not keep and not unroll:
+        if stacked and context is None and not keep and not Network(self.cfg, 0).unrolled:
             return jax.lax.scan(lambda x, block: (layer(x, block)[0], None), x, self.blocks)
         kept = []
         for index, block in enumerate(unstack(self.blocks, self.cfg.depth)):
@@ -125,18 +124,28 @@ class Network:
             return jnp.dtype("float32") if jax.default_backend() == "cpu" else jnp.dtype("bfloat16")
         return jnp.dtype(self.cfg.compute)
 
+    @property
+    def unrolled(self) -> bool:
+        """Whether training works layer by layer instead of scanning over the stack."""
+        return jax.default_backend() == "cpu" and self.cfg.depth <= UNROLL_LIMIT
+
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Fresh parameters: a plain nested dict of float32 arrays."""
         return nnx.to_pure_dict(nnx.state(Transfusion(self.cfg, self.vocabulary_size, nnx.Rngs(params=key))))
 
     def separate(self, params: dict[str, Any]) -> dict[str, Any]:
-        """The same parameters with a tuple of per-layer arrays for each stacked one.
+        """The same parameters with a tuple of per-layer arrays for each stacked one; `restack` undoes it.
 
         Sampling takes them so: a program that reads few positions would spend half its time cutting up stacked arrays.
         """
         split = lambda leaf: leaf if _is_layers(leaf) else tuple(leaf[i] for i in range(self.cfg.depth))
         layers = jax.tree.map(split, params["blocks"], is_leaf=_is_layers)
         return params | {"blocks": layers}
+
+    def restack(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Tuples of per-layer arrays as stacked ones; also for anything of the parameters' structure, as gradients."""
+        stack = lambda leaf: jnp.stack(leaf) if _is_layers(leaf) else leaf
+        return params | {"blocks": jax.tree.map(stack, params["blocks"], is_leaf=_is_layers)}
 
     def bind(self, params: dict[str, Any]) -> Transfusion:
         """The module with these parameters."""

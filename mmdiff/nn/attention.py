@@ -84,17 +84,20 @@ def attention(
 
 
 def dense_attention(q, parts: Sequence[KeyValue], mask: IntervalMask, *, scale: float) -> jax.Array:
-    """The reference: all scores at once."""
+    """The reference: all scores at once. Weights are divided by their sum after the product with v, the smaller array."""
     q = q * jnp.asarray(scale, q.dtype)  # on q, the smaller array
     scores = jnp.concatenate([_scores(q, part.k) for part in parts], axis=-1)
     allowed = mask.dense(scores.shape[-1])[:, None]
-    weights = jax.nn.softmax(jnp.where(allowed, scores, NEGATIVE), axis=-1).astype(q.dtype)
+    scores = jnp.where(allowed, scores, NEGATIVE)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = weights.astype(q.dtype)
     mixed, start = [], 0
     for part in parts:
         stop = start + part.v.shape[2]
         mixed.append(jnp.einsum("bhts,bhse->bhte", weights[..., start:stop], part.v))
         start = stop
-    return sum(mixed[1:], mixed[0])
+    return (sum(mixed[1:], mixed[0]) / total).astype(q.dtype)
 
 
 def _scores(q, k) -> jax.Array:

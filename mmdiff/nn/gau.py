@@ -14,7 +14,7 @@ from flax import nnx
 from mmdiff import config
 from mmdiff.layout import IntervalMask
 from mmdiff.nn.attention import Growing, KeyValue, attention, join
-from mmdiff.nn.layers import Linear, RMSNorm
+from mmdiff.nn.layers import Linear, RMSNorm, silu
 from mmdiff.nn.rope import Rotation, rotate
 
 
@@ -32,7 +32,7 @@ class GatedAttentionUnit(nnx.Module):
 
     def __call__(self, x: jax.Array, angles: Rotation, mask: IntervalMask, context: KeyValue | Growing | None):
         """x [b, t, d] to (x [b, t, d], this layer's KeyValue with one head, see attention.join)."""
-        wide = jax.nn.silu(self.project(self.norm(x)))
+        wide = silu(self.project(self.norm(x)))
         u, v, z = jnp.split(wide, (self.gated, 2 * self.gated), axis=-1)
         scale, shift = self.scale_qk[...].astype(x.dtype), self.shift_qk[...].astype(x.dtype)
         q, k = z * scale[0] + shift[0], z * scale[1] + shift[1]

@@ -1,4 +1,4 @@
-"""Small layers: linear, RMSNorm. Parameters are float32; the compute type is the type of the input."""
+"""Small layers: linear, RMSNorm, SwiGLU. Parameters are float32; the compute type is the type of the input."""
 
 import jax
 import jax.numpy as jnp
@@ -27,3 +27,16 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         mean_square = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
         return x * jax.lax.rsqrt(mean_square + 1e-6).astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+@jax.checkpoint
+def silu(x: jax.Array) -> jax.Array:
+    """x sigmoid(x); the backward pass recomputes it from x, which is cheaper than to store and reload more arrays."""
+    return jax.nn.silu(x)
+
+
+@jax.checkpoint
+def swiglu(x: jax.Array) -> jax.Array:
+    """silu(first half) * second half of the last axis. Source: Shazeer, GLU variants, arXiv 2002.05202."""
+    gate, up = jnp.split(x, 2, axis=-1)
+    return jax.nn.silu(gate) * up

@@ -13,7 +13,7 @@ from flax import nnx
 from mmdiff import config
 from mmdiff.layout import IntervalMask
 from mmdiff.nn.attention import Growing, KeyValue, attention, join
-from mmdiff.nn.layers import Linear, RMSNorm
+from mmdiff.nn.layers import Linear, RMSNorm, swiglu
 from mmdiff.nn.rope import Rotation, rotate
 
 
@@ -35,12 +35,11 @@ class TransformerBlock(nnx.Module):
     def __call__(self, x: jax.Array, angles: Rotation, mask: IntervalMask, context: KeyValue | Growing | None):
         """x [b, t, d] to (x [b, t, d], this layer's KeyValue, see attention.join)."""
         rows, length, width = x.shape
-        qkv = self.qkv(self.norm_attention(x)).reshape(rows, length, 3, width // self.head_width, self.head_width)
-        q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))  # [b, h, t, c] each
+        qkv = jnp.split(self.qkv(self.norm_attention(x)), 3, axis=-1)
+        q, k, v = (part.reshape(rows, length, -1, self.head_width).swapaxes(1, 2) for part in qkv)  # [b, h, t, c] each
         if self.qk_norm:
             q, k = self.norm_q(q), self.norm_k(k)
         parts, kept = join(context, KeyValue(rotate(k, angles), v))
         mixed = attention(rotate(q, angles), parts, mask, scale=self.head_width**-0.5, impl=self.impl)
         x = x + self.attention_out(mixed.swapaxes(1, 2).reshape(rows, length, width))
-        gate, up = jnp.split(self.gate_up(self.norm_mlp(x)), 2, axis=-1)
-        return x + self.down(jax.nn.silu(gate) * up), kept
+        return x + self.down(swiglu(self.gate_up(self.norm_mlp(x)))), kept

@@ -27,7 +27,7 @@ from mmdiff.training.checkpoint import Checkpoints
 from mmdiff.training.metrics import Metrics, Progress
 from mmdiff.training.run import VOCABULARY_FILE, Run, build
 from mmdiff.training.state import TrainState
-from mmdiff.training.step import make_train_step
+from mmdiff.training.step import compile_train_step
 from mmdiff.training.validate import validate
 
 
@@ -89,14 +89,13 @@ def _loop(run: Run, state: TrainState, workdir: Path, checkpoints: Checkpoints, 
         flops_per_step=flops.training_flops(run.cfg, run.vocabulary.size),
         peak_flops=flops.peak_flops(jax.devices()),
     )
-    step_program = jax.jit(make_train_step(run.network, run.cfg, run.tx), donate_argnums=0)
     begin, validation = time.monotonic(), {}
     pending: tuple[int, dict[str, jax.Array], float] | None = None
     compiled = None
     for step, batch in enumerate(run.train.iterate(start, settings.steps), start):
         rows = place_rows(batch, mesh)
         if compiled is None:
-            compiled = step_program.lower(state, rows).compile()
+            compiled = compile_train_step(run.network, run.cfg, run.tx, state, rows)
             describe(run, compiled)
         learning_rate = None
         if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:

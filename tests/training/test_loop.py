@@ -13,7 +13,7 @@ from mmdiff.config import Config, ConfigError
 from mmdiff.document import DataError
 from mmdiff.layout import empty_row
 from mmdiff.models.transfusion import Network
-from mmdiff.training import guard, loop
+from mmdiff.training import guard, loop, step
 from mmdiff.training import state as train_state
 from mmdiff.training.flops import training_flops
 from mmdiff.training.loop import check_workdir, train
@@ -102,21 +102,21 @@ def test_changed_data_is_refused(finished, monkeypatch):
 
 def test_divergence_stops_the_run_and_keeps_the_last_good_parameters(tmp_path, monkeypatch):
     """The real loop, its loss made infinite from the third step on."""
-    real = loop.make_train_step
+    real = step.make_train_step
 
     def broken(network, cfg, tx):
-        step = real(network, cfg, tx)
+        real_step = real(network, cfg, tx)
 
         def poisoned(state, rows):
             bad = jax.numpy.where(state.step >= 2, jax.numpy.inf, 1.0)
             params = jax.tree.map(lambda p: p * bad, state.params)
-            after, metrics = step(dataclasses.replace(state, params=params), rows)
+            after, metrics = real_step(dataclasses.replace(state, params=params), rows)
             kept = jax.tree.map(lambda new, old: jax.numpy.where(state.step >= 2, old, new), after.params, state.params)
             return dataclasses.replace(after, params=kept), metrics
 
         return poisoned
 
-    monkeypatch.setattr(loop, "make_train_step", broken)
+    monkeypatch.setattr(step, "make_train_step", broken)
     cfg = tiny_config(steps=20, max_skips=3, log_every=1, validate_every=0)
     with pytest.raises(guard.Diverged, match=r"step 5: no finite loss .* for 3 steps in a row"):
         train(cfg, tmp_path / "run")
