@@ -16,6 +16,8 @@ def config() -> Config:
         layout=Layout(row_length=240, noised_copies=2),
         data=Data(source="documents", path="data/faces_64", order="both"),
         optimizer=Optimizer(learning_rate=1.5e-3, warmup=200),
-        training=Training(steps=6000, batch_size=8, accumulate=4, ema=0.999, checkpoint_every=500, sample_every=1000, validate_every=500),
+        training=Training(
+            steps=6000, batch_size=8, accumulate=4, ema=0.999, checkpoint_every=500, sample_every=1000, validate_every=500
+        ),
         sampling=Sampling(steps=10, guidance=1.5),
     )

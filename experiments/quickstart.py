@@ -15,6 +15,8 @@ def config() -> Config:
             generator=(("draw", 0.5), ("caption", 0.15), ("question", 0.1), ("edit", 0.1), ("story", 0.15)),
         ),
         optimizer=Optimizer(learning_rate=2e-3, warmup=100),
-        training=Training(steps=1600, batch_size=10, accumulate=5, ema=0.998, checkpoint_every=400, sample_every=400, validate_every=400),
+        training=Training(
+            steps=2000, batch_size=10, accumulate=5, ema=0.998, checkpoint_every=400, sample_every=400, validate_every=400
+        ),
         sampling=Sampling(steps=10, guidance=1.5),
     )

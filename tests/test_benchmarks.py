@@ -123,7 +123,15 @@ def test_summary_names_ratios_in_words():
 @pytest.mark.parametrize("block", versus.OURS)
 def test_speed_tasks_do_the_stated_work(block):
     """Rows are as long as stated, images and exactly 64 tokens come out (the worker itself checks them)."""
-    sizes = versus.SIZES | {"width": 64, "attention_layers": 1, "gau_layers": 1, "batch": 2, "pieces": 2, "image_steps": 2, "seed": 0}
+    sizes = versus.SIZES | {
+        "width": 64,
+        "attention_layers": 1,
+        "gau_layers": 1,
+        "batch": 2,
+        "pieces": 2,
+        "image_steps": 2,
+        "seed": 0,
+    }
     with common.Worker(block, sys.executable, FOLDER / "workers" / "mmdiff_speed.py", json.dumps(sizes), block) as worker:
         note = worker.ask("warm", task="train_step", calls=1)["note"]
         assert note["positions_per_row"] == 1 + 32 + 3 + 64

@@ -20,7 +20,7 @@ from mmdiff.nn.attention import KeyValue
 from mmdiff.training.step import normalise
 
 SLOT_BUCKET = 64  # capacities and chunk lengths are rounded up to few distinct values, so that few programs are compiled
-CHUNK_BUCKET = 16
+CHUNK_BUCKET = 8
 
 
 class Cache(NamedTuple):
@@ -42,6 +42,7 @@ class Chunk(NamedTuple):
     counts: np.ndarray  # int32 [b]; positions that are not padding
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))  # one dispatch instead of two per layer
 def empty_cache(network: Network, rows: int, slots: int, dtype) -> Cache:
     """Room for `slots` positions in each of `rows` documents."""
     heads, key_width, value_width = network.head

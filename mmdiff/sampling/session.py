@@ -177,7 +177,7 @@ class Session:
         )
         choice = text.Choice(
             temperature=jnp.float32(options.temperature),
-            narrow=self._narrow(),
+            narrow=text.Narrow.of(options.top_k, options.top_p, options.min_p),
             rows=jnp.int32(size[0] // patch),
             cols=jnp.int32(size[1] // patch),
             patches=jnp.int32(self._largest_image()),
@@ -298,12 +298,6 @@ class Session:
     def _largest_image(self) -> int:
         """Patches of the largest image the model may choose: what fits a training row."""
         return max(1, self.model.cfg.layout.row_length)
-
-    def _narrow(self) -> text.Narrow | None:
-        options = self.options
-        if options.top_k == 0 and options.top_p == 1.0 and options.min_p == 0.0:
-            return None
-        return text.Narrow(jnp.int32(options.top_k), jnp.float32(options.top_p), jnp.float32(options.min_p))
 
     def _reserve(self, slots: int) -> None:
         self.cache = grow(self.cache, slots)

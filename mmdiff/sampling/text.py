@@ -67,11 +67,22 @@ class Choice(NamedTuple):
 
 
 class Narrow(NamedTuple):
-    """Limits on the tokens drawn from; they cost a sort of the vocabulary per token."""
+    """Limits on the tokens drawn from; None: no such limit. Only top_k and top_p cost a sort of the vocabulary per token."""
 
-    top_k: jax.Array  # int32, 0: all
-    top_p: jax.Array
-    min_p: jax.Array
+    top_k: jax.Array | None  # int32
+    top_p: jax.Array | None
+    min_p: jax.Array | None
+
+    @classmethod
+    def of(cls, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> "Narrow | None":
+        """Of the options as users give them, where 0, 1 and 0 mean no limit; None if there is none."""
+        if top_k == 0 and top_p == 1.0 and min_p == 0.0:
+            return None
+        return cls(
+            top_k=jnp.int32(top_k) if top_k > 0 else None,
+            top_p=jnp.float32(top_p) if top_p < 1.0 else None,
+            min_p=jnp.float32(min_p) if min_p > 0.0 else None,
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("network", "special", "slots"), donate_argnames="state")
@@ -148,14 +159,20 @@ def _lowest(logits: jax.Array, narrow: Narrow) -> jax.Array:
     top_k keeps the k most likely, top_p the smallest set with that much probability, min_p those with at least that
     fraction of the best one's probability; each acts on the distribution after temperature.
     """
+    lowest = jnp.full((len(logits), 1), NEVER)
+    if narrow.min_p is not None:
+        lowest = logits.max(axis=-1, keepdims=True) + jnp.log(narrow.min_p)
+    if narrow.top_k is None and narrow.top_p is None:
+        return lowest
     ordered = jnp.sort(logits, axis=-1)[:, ::-1]
-    probability = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probability, axis=-1) - probability
-    size = logits.shape[-1]
-    keep = (before < narrow.top_p) & (jnp.arange(size) < jnp.where(narrow.top_k > 0, narrow.top_k, size))
-    keep &= probability >= narrow.min_p * probability[:, :1]
+    keep = jnp.ones_like(ordered, bool)
+    if narrow.top_k is not None:
+        keep &= jnp.arange(ordered.shape[-1]) < narrow.top_k
+    if narrow.top_p is not None:
+        probability = jax.nn.softmax(ordered, axis=-1)
+        keep &= jnp.cumsum(probability, axis=-1) - probability < narrow.top_p
     keep = keep.at[:, 0].set(True)
-    return jnp.min(jnp.where(keep, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.maximum(lowest, jnp.min(jnp.where(keep, ordered, jnp.inf), axis=-1, keepdims=True))
 
 
 def _one_token(model, cache: Cache, fresh: tuple[KeyValue, ...], column: jax.Array, token: jax.Array, place: jax.Array):

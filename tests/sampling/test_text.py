@@ -18,10 +18,7 @@ def choice(temperature=1.0, narrow=None):
     return text.Choice(jnp.float32(temperature), narrow, jnp.int32(0), jnp.int32(0), jnp.int32(9))
 
 
-def narrow(top_k=0, top_p=1.0, min_p=0.0):
-    return text.Narrow(jnp.int32(top_k), jnp.float32(top_p), jnp.float32(min_p))
-
-
+narrow = text.Narrow.of
 choose = jax.jit(text.choose)
 DRAWS = 400
 KEYS = jax.random.split(jax.random.key(0), DRAWS)
