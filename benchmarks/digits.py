@@ -47,7 +47,7 @@ EVALUATIONS = (4, 8, 10, 16, 50)
 GUIDANCES = (1.0, 1.25, 1.5)
 PEER_DRAWINGS = ((4, 1.0), (8, 1.0), (10, 1.0), (16, 1.0), (50, 1.0), (16, 1.5))
 WEIGHTS = "ema"  # "ema" or "params"
-ROWS_PER_STEP = 46  # hold DOCUMENTS_PER_STEP documents
+ROWS_PER_STEP = 26  # hold DOCUMENTS_PER_STEP documents
 PIECES = 2  # per step: the same gradient with less memory traffic
 BLOCK = 25  # training steps between two changes of turn
 
@@ -56,10 +56,10 @@ def config(steps: int = STEPS, seed: int = 0) -> Config:
     """All that can be tuned."""
     return Config(
         name="digits",
-        model=Model(width=192, depth=6, patch=2, block="attention", head_width=32),
-        # [BOS] name [IMG] <rows> <cols> and three noised blocks need up to 57 positions; two documents [image, name], 27 each,
-        # share a row
-        layout=Layout(row_length=57, trailing_context=0.0, text_drop=0.1, noised_copies=3, max_grid=4),
+        model=Model(width=192, depth=4, patch=2, block="attention", head_width=32),
+        # a row holds two documents [name, image] ([BOS] name [IMG] <rows> <cols>, two noised blocks: up to 41 positions) or
+        # three [image, name] (up to 27)
+        layout=Layout(row_length=82, trailing_context=0.0, text_drop=0.1, noised_copies=2, max_grid=4),
         diffusion=Diffusion(),
         data=Data(order="both", vocabulary="bytes"),
         optimizer=Optimizer(learning_rate=2e-3, warmup=100, b2=0.99),
