@@ -24,7 +24,7 @@ from mmdiff.parallel.mesh import make_mesh, place_rows, replicated
 from mmdiff.sampling.generate import Model
 from mmdiff.training import flops, guard
 from mmdiff.training.checkpoint import Checkpoints
-from mmdiff.training.metrics import Metrics, Progress
+from mmdiff.training.metrics import Metrics, Progress, read_metrics
 from mmdiff.training.run import VOCABULARY_FILE, Run, build
 from mmdiff.training.state import TrainState
 from mmdiff.training.step import compile_train_step
@@ -89,7 +89,10 @@ def _loop(run: Run, state: TrainState, workdir: Path, checkpoints: Checkpoints, 
         flops_per_step=flops.training_flops(run.cfg, run.vocabulary.size),
         peak_flops=flops.peak_flops(jax.devices()),
     )
-    begin, validation = time.monotonic(), {}
+    begin = time.monotonic()
+    # a run that was killed between a save and its validation makes up for it
+    behind = start > 0 and not any(r["step"] == start and "x_error" in r for r in read_metrics(workdir))
+    validation = _measure(run, state, start, workdir, metrics, begin) if behind else {}
     pending: tuple[int, dict[str, jax.Array], float] | None = None
     compiled = None
     for step, batch in enumerate(run.train.iterate(start, settings.steps), start):
@@ -112,17 +115,24 @@ def _loop(run: Run, state: TrainState, workdir: Path, checkpoints: Checkpoints, 
             checkpoints.save(step + 1, state, meta, force=True)
         if stopping:
             raise Preempted(f"stopped by SIGTERM; step {step + 1} is saved in {workdir}")
-        if _due(step + 1, settings.validate_every, settings.steps) and run.validation is not None:
-            validation = validate(run.network, run.cfg, state.ema, run.validation, settings.validation_rows)
-            metrics.write(step + 1, validation | {"seconds": time.monotonic() - begin})
-        if _due(step + 1, settings.sample_every, settings.steps) and jax.process_index() == 0:
-            model = Model(run.cfg, state.ema, run.vocabulary)
-            path = workdir / "samples" / f"{step + 1:07d}.png"
-            metrics.image(step + 1, "samples", sample_sheet(model, run.validation or run.train, path))
+        validation = _measure(run, state, step + 1, workdir, metrics, begin) or validation
     if pending is not None:
         _report(*pending, settings, metrics, progress)
     progress.close()
     metrics.close()
+    return validation
+
+
+def _measure(run: Run, state: TrainState, step: int, workdir: Path, metrics: Metrics, begin: float) -> dict[str, float]:
+    """Validate and draw samples, if it is time for them; the validation metrics, or {}."""
+    settings, validation = run.cfg.training, {}
+    if _due(step, settings.validate_every, settings.steps) and run.validation is not None:
+        validation = validate(run.network, run.cfg, state.ema, run.validation, settings.validation_rows)
+        metrics.write(step, validation | {"seconds": time.monotonic() - begin})
+    path = workdir / "samples" / f"{step:07d}.png"
+    if _due(step, settings.sample_every, settings.steps) and jax.process_index() == 0:
+        model = Model(run.cfg, state.ema, run.vocabulary)
+        metrics.image(step, "samples", sample_sheet(model, run.validation or run.train, path))
     return validation
 
 

@@ -1,6 +1,7 @@
 """The training loop in one process: what a run leaves behind, what it refuses, and how it stops."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import jax
@@ -81,6 +82,19 @@ def test_a_finished_run_does_nothing_more(finished, capsys):
     train(tiny_config(), workdir)
     assert (workdir / "metrics.jsonl").read_bytes() == before
     assert "resuming" in capsys.readouterr().err
+
+
+def test_a_validation_that_a_kill_cut_off_is_made_up_for(finished, tmp_path):
+    """The save of step 4 is there, its validation is not: the resumed run writes the very line."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    whole = read_metrics(workdir)
+    lines = (workdir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    assert "x_error" in whole[-1] and whole[-1]["step"] == 4
+    (workdir / "metrics.jsonl").write_bytes(b"".join(lines[:-1]))
+    assert train(tiny_config(), workdir) == finished[1]
+    untimed = lambda records: [{k: v for k, v in r.items() if k != "seconds"} for r in records]
+    assert untimed(read_metrics(workdir)) == untimed(whole)
 
 
 def test_reporting_may_change_between_runs_but_nothing_else(finished):
