@@ -36,6 +36,7 @@ setup(
     ],
     extras_require={
         "cuda": ["jax[cuda12]>=0.10"],
+        "plan": ["libtpu>=0.0.40"],
         "tpu": ["jax[tpu]>=0.10"],
         "tensorboard": ["tensorboardX>=2.6"],
         "dev": [

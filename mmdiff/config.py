@@ -52,11 +52,12 @@ class Model:
     """Demand a width that can hold a patch exactly: at least 3 * patch^2."""
     time_embedding: Literal["smooth", "table"] = "smooth"
     """`smooth`: low-frequency features of u. `table`: the 1000-entry table of the DDPM schedule."""
-    attention: Literal["auto", "dense", "blockwise"] = "auto"
+    attention: Literal["auto", "dense", "blockwise", "pallas"] = "auto"
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto`: bfloat16 on accelerators, float32 on CPU. Parameters are always float32."""
-    remat: Literal["none", "full"] = "none"
-    """`full` recomputes each layer in the backward pass: less memory, a third more work."""
+    remat: Literal["none", "dots", "attention", "full"] = "none"
+    """What the backward pass recomputes of each layer, from none to all of it: `dots` keeps the results of the matrix
+    products with parameters, `attention` those of attention alone, `full` nothing but the layer's input."""
 
     def __post_init__(self):
         for name in ("width", "depth", "patch", "expansion", "key_width", "head_width"):
@@ -243,6 +244,8 @@ class Training:
     validation_rows: int = 64
     max_skips: int = 10
     """Stop after this many steps in a row whose loss or gradient was not finite; their updates are never applied."""
+    watchdog: float = 60.0
+    """Minutes without a step after which the run ends itself, with the stacks of all threads; 0: never."""
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep", "max_skips"):
@@ -253,6 +256,7 @@ class Training:
             self.batch_size % self.accumulate == 0,
             f"training.batch_size={self.batch_size} is not divisible by training.accumulate={self.accumulate}.",
         )
+        _require(self.watchdog >= 0, f"training.watchdog={self.watchdog} must not be negative (minutes; 0: never).")
         _require(0 <= self.ema < 1, f"training.ema={self.ema} must be in [0, 1).")
 
 
@@ -283,6 +287,28 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """The devices as a grid; -1 means all that remain (mmdiff/parallel/sharding.py says what is split over which axis).
+
+    A run may be resumed on another mesh.
+    """
+
+    data: int = -1
+    """Copies of the model, each with its own rows."""
+    fsdp: int = 1
+    """Rows are split over it as well, and so are stored parameters, optimiser state and moving average."""
+    tensor: int = 1
+    """Splits each layer: heads, inner widths and the vocabulary."""
+
+    def __post_init__(self):
+        sizes = {name: getattr(self, name) for name in ("data", "fsdp", "tensor")}
+        for name, size in sizes.items():
+            _require(size >= 1 or size == -1, f"mesh.{name}={size} must be at least 1, or -1 for all devices that remain.")
+        open_ = [f"mesh.{name}" for name, size in sizes.items() if size == -1]
+        _require(len(open_) <= 1, f"{' and '.join(open_)} are both -1: only one can take the devices that remain. Set the other.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """One experiment."""
 
@@ -294,8 +320,10 @@ class Config:
     optimizer: Optimizer = Optimizer()
     training: Training = Training()
     sampling: Sampling = Sampling()
+    mesh: Mesh = Mesh()
 
     def __post_init__(self):
+        self._check_mesh()
         _require(
             self.model.time_embedding == "smooth" or self.diffusion.schedule == "ddpm",
             "model.time_embedding='table' needs diffusion.schedule='ddpm': the table has one entry per DDPM step.",
@@ -305,6 +333,18 @@ class Config:
         if self.data.source in ("shapes", "words"):
             size = self.data.generator_image_size
             check_image_size(size, size, self.model.patch, "data.generator_image_size")
+
+    def _check_mesh(self) -> None:
+        model, mesh = self.model, self.mesh
+        if model.block == "gau":
+            split, what = model.expansion * model.width, "the gated width model.expansion * model.width"
+        else:
+            split, what = model.width // model.head_width, "the number of heads model.width / model.head_width"
+        for size, name, parts, of in (
+            (model.width, "fsdp", mesh.fsdp, f"model.width={model.width}"),
+            (split, "tensor", mesh.tensor, f"{what} = {split}"),
+        ):
+            _require(parts == -1 or size % parts == 0, f"mesh.{name}={parts} does not divide {of}. Change one of them.")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
@@ -388,14 +428,15 @@ def _check_type(value: Any, annotation: Any, name: str) -> None:
 
 
 def load_experiment(path: str | Path) -> Config:
-    """The Config that an experiment file's `config()` returns.
+    """The Config that `config()` of an experiment file returns, or with FILE.py:FUNCTION another function of it.
 
     Raises:
-      ConfigError: no such file, no `config` function, or an invalid configuration.
+      ConfigError: no such file or function, or an invalid configuration.
     """
     import runpy
 
-    path = Path(path)
+    file, colon, function = str(path).rpartition(":")
+    path, function = (Path(file), function) if colon and file.endswith(".py") else (Path(path), "config")
     if not path.is_file():
         known = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         raise ConfigError(f"no experiment file {str(path)!r}{suggest(str(path), known)}")
@@ -405,11 +446,12 @@ def load_experiment(path: str | Path) -> Config:
         raise ConfigError(f"{path}:{error.lineno}: {error.msg}") from error
     except TypeError as error:  # an unknown keyword of a configuration dataclass
         raise ConfigError(f"{path}: {error}") from error
-    if not callable(namespace.get("config")):
-        raise ConfigError(f"{path} has no function `config() -> Config`.")
+    if not callable(namespace.get(function)):
+        known = [name for name, value in namespace.items() if callable(value) and not isinstance(value, type)]
+        raise ConfigError(f"{path} has no function `{function}() -> Config`{suggest(function, known)}.")
     try:
-        made = namespace["config"]()
+        made = namespace[function]()
     except TypeError as error:
         raise ConfigError(f"{path}: {error}") from error
-    _require(isinstance(made, Config), f"{path}: config() returned {type(made).__name__}, not mmdiff.config.Config.")
+    _require(isinstance(made, Config), f"{path}: {function}() returned {type(made).__name__}, not mmdiff.config.Config.")
     return made

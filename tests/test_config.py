@@ -9,7 +9,7 @@ import pytest
 from mmdiff import config
 from mmdiff.cli import main as command
 from mmdiff.cli.train import override, take_option, unknown_field
-from mmdiff.config import Config, ConfigError, Data, Diffusion, Layout, Model, Optimizer, Sampling, Training
+from mmdiff.config import Config, ConfigError, Data, Diffusion, Layout, Mesh, Model, Optimizer, Sampling, Training
 
 EVERYTHING = Config(
     name="all",
@@ -98,7 +98,12 @@ INVALID = [
     (lambda: Training(batch_size=6, accumulate=4), "training.accumulate", "6"),
     (lambda: Training(sample_every=-1), "training.sample_every", "-1"),
     (lambda: Training(ema=1.0), "training.ema", "1.0"),
+    (lambda: Training(watchdog=-1.0), "training.watchdog", "-1.0"),
     (lambda: Sampling(steps=0), "sampling.steps", "0"),
+    (lambda: Mesh(fsdp=0), "mesh.fsdp", "0"),
+    (lambda: Mesh(tensor=-1), "mesh.data and mesh.tensor", "-1"),
+    (lambda: Config(mesh=Mesh(fsdp=3), model=Model(width=256)), "mesh.fsdp", "model.width=256"),
+    (lambda: Config(mesh=Mesh(tensor=3), model=Model(block="attention")), "mesh.tensor", "heads"),
     (lambda: Sampling(sigma_min=100.0), "sampling.sigma_min", "100.0"),
     (lambda: Sampling(guidance=-1.0), "sampling.guidance", "-1.0"),
     (lambda: Config(model=Model(time_embedding="table")), "model.time_embedding", "diffusion.schedule='ddpm'"),
@@ -147,6 +152,13 @@ def experiment(tmp_path):
 
 
 GOOD = "from mmdiff.config import *\ndef config():\n    return Config(model=Model(width=64))\n"
+
+
+def test_an_experiment_may_have_several_configurations(experiment):
+    path = experiment(GOOD + "def wide():\n    return Config(model=Model(width=128))\n")
+    assert config.load_experiment(f"{path}:wide") == Config(model=Model(width=128))
+    with pytest.raises(ConfigError, match=r"has no function `wade\(\) -> Config`; did you mean 'wide'\?"):
+        config.load_experiment(f"{path}:wade")
 
 
 def test_experiment_is_a_function(experiment):

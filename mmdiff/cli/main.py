@@ -1,6 +1,7 @@
 """The `mmdiff` command: one thin module per subcommand.
 
-Exit codes: 0 done, 2 usage, 65 bad configuration or data, 70 diverged, 75 preempted after a save.
+Exit codes: 0 done, 2 usage, 65 bad configuration or data, 70 diverged, 74 a checkpoint could not be written, 75 stopped
+by SIGTERM after a save, 1 a crash or the watchdog.
 """
 
 import importlib
@@ -14,9 +15,10 @@ COMMANDS = {
     "train": "train a model, or resume one: mmdiff train experiments/quickstart.py --workdir runs/quickstart",
     "sample": "draw and write documents: mmdiff sample runs/quickstart --prompt 'a large red circle at the top left'",
     "evaluate": "measure a model: mmdiff evaluate runs/quickstart",
+    "plan": "see whether it fits before you book: mmdiff plan experiments/transfusion_7b.py --topology v5p:4x4x8",
     "prepare": "validate a data set and write it as shards: mmdiff prepare my_images --out data/mine",
 }
-USAGE, BAD_DATA, DIVERGED, PREEMPTED = 2, 65, 70, 75
+USAGE, BAD_DATA, DIVERGED, NOT_SAVED, PREEMPTED = 2, 65, 70, 74, 75
 
 
 def help_text() -> str:

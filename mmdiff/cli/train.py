@@ -10,17 +10,25 @@ from pathlib import Path
 import tyro
 
 from mmdiff import config
-from mmdiff.cli.main import DIVERGED, PREEMPTED, USAGE
+from mmdiff.cli.main import DIVERGED, NOT_SAVED, PREEMPTED, USAGE
 
-HELP = """usage: mmdiff train EXPERIMENT.py --workdir DIR [--FIELD VALUE ...] [--strict]
+HELP = """usage: mmdiff train EXPERIMENT.py[:FUNCTION] --workdir DIR [--FIELD VALUE ...] [options]
 
-Trains the configuration that EXPERIMENT.py's config() returns, or resumes DIR if it holds a run.
---strict stops at a damaged checkpoint instead of going back to an older one. --fields lists every field.
+Trains the configuration that config() (or FUNCTION()) of EXPERIMENT.py returns, or resumes DIR if it holds a run.
+
+  --fields                list every field
+  --strict                stop at a damaged checkpoint instead of going back to an older one
+  --profile FIRST:LAST    write a profiler trace of the steps FIRST to LAST - 1 to DIR/profile
+  --coordinator HOST:PORT --processes N --process I
+                          be process I of N; on TPU pods and under Slurm the processes find each other without this
 
 examples:
   mmdiff train experiments/quickstart.py --workdir runs/quickstart
   mmdiff train experiments/quickstart.py --workdir runs/deep --model.depth 8 --training.steps 5000
   mmdiff train experiments/own_data.py --workdir runs/mine --data.path data/mine
+
+exit codes: 0 done, 2 usage, 65 bad configuration or data, 70 diverged, 74 a checkpoint could not be written, 75 stopped by
+SIGTERM after a save (run it again to go on), 1 a crash, or the watchdog (training.watchdog)
 """
 
 
@@ -33,29 +41,57 @@ def main(argv: list[str]) -> int:
         print("mmdiff train: the first argument is the experiment file, for example experiments/quickstart.py", file=sys.stderr)
         return USAGE
     workdir, rest = take_option(rest, "--workdir")
+    traced, rest = take_option(rest, "--profile")
+    coordinator, rest = take_option(rest, "--coordinator")
+    processes, rest = take_option(rest, "--processes")
+    process, rest = take_option(rest, "--process")
     strict = "--strict" in rest
     rest = [a for a in rest if a != "--strict"]
     cfg = config.load_experiment(experiment)
     problem = None if "--fields" in rest else unknown_field(rest)
     if problem is None and workdir is None and "--fields" not in rest:
         problem = f"give --workdir, for example --workdir runs/{Path(experiment).stem}"
-    if problem:
+    for name, value in (("--processes", processes), ("--process", process)):
+        if value is not None and not value.isdecimal():
+            problem = f"{name} {value!r} is not a number"
+    steps = re.fullmatch(r"(\d+):(\d+)", traced or "0:1")
+    if steps is None or int(steps[1]) >= int(steps[2]):
+        problem = f"--profile {traced!r} is no range of steps; write it as 10:15"
+    if problem or steps is None:
         print(f"mmdiff train: {problem}", file=sys.stderr)
         return USAGE
     cfg = override(cfg, ["--help" if a == "--fields" else a for a in rest])
+    from mmdiff.parallel.distributed import initialize
+
+    initialize(coordinator, *(None if number is None else int(number) for number in (processes, process)))
+    profile = (int(steps[1]), int(steps[2])) if traced else None
+    return run(cfg, workdir or ".", strict, profile)
+
+
+def run(cfg: config.Config, workdir: str, strict: bool, profile: tuple[int, int] | None) -> int:
+    """Train; what happened as an exit code."""
+    from mmdiff.parallel import distributed
+    from mmdiff.training.checkpoint import SaveError
     from mmdiff.training.guard import Diverged
-    from mmdiff.training.loop import Preempted, train
+    from mmdiff.training.loop import train
+    from mmdiff.training.survival import Preempted
 
     try:
-        metrics = train(cfg, workdir or ".", strict=strict)
-    except Diverged as error:
+        metrics = train(cfg, workdir, strict=strict, profile=profile)
+    except SaveError as error:
         print(f"mmdiff train: {error}", file=sys.stderr)
-        return DIVERGED
-    except Preempted as stop:
-        print(f"mmdiff train: {stop}", file=sys.stderr)
-        return PREEMPTED
-    for name, value in metrics.items():
+        return NOT_SAVED
+    except (Diverged, Preempted) as stop:  # in all processes alike, so they can leave together
+        if distributed.is_first():
+            print(f"mmdiff train: {stop}", file=sys.stderr)
+        distributed.shutdown()
+        return DIVERGED if isinstance(stop, Diverged) else PREEMPTED
+    except distributed.Disagreement:
+        distributed.shutdown()
+        raise
+    for name, value in metrics.items() if distributed.is_first() else ():
         print(f"{name:<24} {value:.4f}")
+    distributed.shutdown()
     return 0
 
 

@@ -112,18 +112,18 @@ class Batches:
         plan, choices = self._plan(epoch)
         return pack([self.laid(i, Choice(*choices[i].tolist())) for i in plan[member].tolist()], self.cfg.layout.row_length)
 
-    def batch(self, step: int) -> Rows:
-        """Rows [batch_size, row_length] of one optimiser step."""
+    def batch(self, step: int, members: Sequence[int] | None = None) -> Rows:
+        """Rows [batch_size, row_length] of one optimiser step, or only those numbered `members`."""
         size = self.cfg.training.batch_size
-        return stack([self.row(step * size + i) for i in range(size)])
+        return stack([self.row(step * size + i) for i in (range(size) if members is None else members)])
 
-    def iterate(self, start: int, stop: int) -> Iterator[Rows]:
-        """Batches of the steps [start, stop), prepared ahead in a thread."""
+    def iterate(self, start: int, stop: int, members: Sequence[int] | None = None) -> Iterator[Rows]:
+        """Batches of the steps [start, stop), prepared ahead in a thread; `members` as of `batch`."""
         import grain
 
         if start >= stop:
             return
-        dataset = grain.MapDataset.source(_Steps(self, stop))
+        dataset = grain.MapDataset.source(_Steps(self, stop, members))
         iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
         grain.experimental.set_next_index(iterator, start)
         for _ in range(start, stop):
@@ -260,14 +260,14 @@ class Batches:
 class _Steps:
     """grain's view: element i is the batch of step i."""
 
-    def __init__(self, batches: Batches, steps: int):
-        self.batches, self.steps = batches, steps
+    def __init__(self, batches: Batches, steps: int, members: Sequence[int] | None):
+        self.batches, self.steps, self.members = batches, steps, members
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, step: int) -> Rows:
-        return self.batches.batch(step)
+        return self.batches.batch(step, self.members)
 
 
 def _swapped(pieces: Sequence[Piece]) -> list[Piece]:

@@ -21,8 +21,9 @@ TEXT_WIDTH = 150  # of a text that stands between images
 GROUND, INK, FAINT = (255, 255, 255), (35, 35, 35), (130, 130, 130)
 
 
-def sample_sheet(model, batches, path: str | Path, count: int = 8) -> np.ndarray:
-    """Draw `count` prompts and caption `count` held-out images; save and return the sheet, uint8 [h, w, 3].
+def sample_sheet(model, batches, path: str | Path | None, count: int = 8) -> np.ndarray:
+    """Draw `count` prompts and caption `count` held-out images; save (unless `path` is None) and return the sheet,
+    uint8 [h, w, 3].
 
     Prompts are `sampling.prompts`, or what stands before images in the data. Keys are fixed, so sheets of one run compare.
     """
@@ -145,7 +146,8 @@ def font():
     return PIL.ImageFont.load_default(12)
 
 
-def _save(sheet: PIL.Image.Image, path: str | Path) -> np.ndarray:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+def _save(sheet: PIL.Image.Image, path: str | Path | None) -> np.ndarray:
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path)
     return np.asarray(sheet)

@@ -14,6 +14,8 @@ With width >= 3 patch^2 the first map is injective: the input is lossless (`inve
 Letters: b rows, t positions, p patch values, d width.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +23,8 @@ from flax import nnx
 
 from mmdiff import config
 from mmdiff.diffusion.schedule import DDPM, DDPM_LEVELS
-from mmdiff.nn.layers import Linear, RMSNorm
+from mmdiff.nn.layers import Linear, RMSNorm, gather, parameter
+from mmdiff.parallel.sharding import NOWHERE, Placement
 
 TIME_FREQUENCIES = 16
 LARGEST_FREQUENCY = 4.0  # radians per unit u: smooth in time, which few-step training depends on
@@ -45,27 +48,31 @@ def time_features(u: jax.Array) -> jax.Array:
 
 
 class RawPatches(nnx.Module):
-    def __init__(self, cfg: config.Model, rngs: nnx.Rngs):
+    def __init__(self, cfg: config.Model, rngs: nnx.Rngs, place: Placement = NOWHERE):
         self.values = 3 * cfg.patch**2
         self.table = cfg.time_embedding == "table"
-        self.patch_in = Linear(self.values, cfg.width, rngs)
+        self.place = place
+        into = functools.partial(Linear, outputs=cfg.width, rngs=rngs, axes=(None, "width"), place=place)
+        self.patch_in = into(self.values)
         if self.table:
-            self.time_table = nnx.Param(jax.random.normal(rngs.params(), (len(DDPM_LEVELS), cfg.width)) * 0.02)
+            rows = jax.random.normal(rngs.params(), (len(DDPM_LEVELS), cfg.width)) * 0.02
+            self.time_table = parameter(rows, (None, "width"))
         else:
-            self.time_in = Linear(1 + 2 * TIME_FREQUENCIES, cfg.width, rngs)
+            self.time_in = into(1 + 2 * TIME_FREQUENCIES)
         if cfg.patch_places:
-            self.place_in = Linear(4 * PLACE_FREQUENCIES, cfg.width, rngs)
+            self.place_in = into(4 * PLACE_FREQUENCIES)
         self.places = cfg.patch_places
         self.norm = RMSNorm(cfg.width)
-        self.patch_out = Linear(cfg.width, self.values, rngs, gain=0.0)
+        self.patch_out = Linear(cfg.width, self.values, rngs, axes=("width", None), gain=0.0, place=place)
 
     def embed(self, z: jax.Array, u: jax.Array, place: jax.Array) -> jax.Array:
         """Patches z [b, t, p] (clean, or noised at time u [b, t]) at places [b, t, 2] to float32 [b, t, d]."""
-        exact = jnp.matmul(z.astype(jnp.float32), self.patch_in.kernel[...], precision=jax.lax.Precision.HIGHEST)
+        kernel = gather(self.patch_in.kernel, jnp.float32, self.place)
+        exact = jnp.matmul(z.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
         if self.places:
             exact = exact + self.place_in(place_features(place))
         if self.table:
-            return exact + self.time_table[...][jnp.rint(DDPM().index_of(u)).astype(jnp.int32)]
+            return exact + gather(self.time_table, jnp.float32, self.place)[jnp.rint(DDPM().index_of(u)).astype(jnp.int32)]
         return exact + self.time_in(time_features(u))
 
     def predict(self, hidden: jax.Array) -> jax.Array:

@@ -12,40 +12,65 @@ Letters: b rows, t positions, s cached positions, l layers, d width, v vocabular
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from mmdiff import config
 from mmdiff.layout import IntervalMask
 from mmdiff.models.patches import RawPatches
 from mmdiff.nn.attention import Growing, KeyValue
 from mmdiff.nn.gau import GatedAttentionUnit
-from mmdiff.nn.layers import Linear, RMSNorm
+from mmdiff.nn.layers import GATHERED, Linear, RMSNorm, gather, parameter
 from mmdiff.nn.rope import rotation
 from mmdiff.nn.transformer_block import TransformerBlock
+from mmdiff.parallel.sharding import NOWHERE, Axes, Placement
 
 UNROLL_LIMIT = 24  # layers; above it compile time matters more than a faster step
+LOGITS_LIMIT = 2**24  # logits of one row that training holds at a time; longer rows are worked through in pieces
+VOCABULARY_MULTIPLE = 8  # the head is widened to it, so that it divides over the devices
+NEVER = -1e30
+
+
+def _all_but_gathered(primitive, *_, **params) -> bool:
+    """Keep everything but parameters made whole: kept for all layers, they would undo that they are stored in parts."""
+    return primitive.name != "sharding_constraint" and params.get("name") != GATHERED
+
+
+KEPT = {  # what the backward pass finds instead of recomputing it, by model.remat
+    "none": _all_but_gathered,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class Transfusion(nnx.Module):
-    def __init__(self, cfg: config.Model, vocabulary_size: int, rngs: nnx.Rngs):
-        self.cfg = cfg
+    def __init__(self, cfg: config.Model, vocabulary_size: int, rngs: nnx.Rngs, place: Placement = NOWHERE):
+        self.cfg, self.vocabulary_size, self.place = cfg, vocabulary_size, place
+        words = -(-vocabulary_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         block = GatedAttentionUnit if cfg.block == "gau" else TransformerBlock
         layer_keys = jax.random.split(rngs.params(), cfg.depth)
-        self.text_embedding = nnx.Param(jax.random.normal(rngs.params(), (vocabulary_size, cfg.width)) * 0.02)
-        self.image = RawPatches(cfg, rngs)
-        self.blocks = jax.vmap(lambda key: block(cfg, nnx.Rngs(params=key)))(layer_keys)
+        table = jax.random.normal(rngs.params(), (words, cfg.width)) * 0.02
+        self.text_embedding = parameter(table, ("vocabulary", "width"))
+        self.image = RawPatches(cfg, rngs, place)
+        self.blocks = jax.vmap(lambda key: block(cfg, nnx.Rngs(params=key), place))(layer_keys)
         self.norm = RMSNorm(cfg.width)
         if not cfg.tie_embeddings:
-            self.text_out = Linear(cfg.width, vocabulary_size, rngs, gain=0.0)
+            self.text_out = Linear(cfg.width, words, rngs, axes=("width", "vocabulary"), gain=0.0, place=place)
 
     def embed(self, tokens, is_patch, z, u, place) -> jax.Array:
         """tokens, is_patch, u [b, t], z [b, t, p], place [b, t, 2] to the stack's input [b, t, d], in the compute type."""
-        text = self.text_embedding[...][tokens] * (self.cfg.width**0.5 if self.cfg.tie_embeddings else 1.0)
-        return jnp.where(is_patch[..., None], self.image.embed(z, u, place), text).astype(Network(self.cfg, 0).compute_type)
+        dtype = compute_type(self.cfg, self.place)
+        text = gather(self.text_embedding, dtype, self.place)[tokens] * (
+            self.cfg.width**0.5 if self.cfg.tie_embeddings else 1.0
+        )
+        x = jnp.where(is_patch[..., None], self.image.embed(z, u, place).astype(dtype), text)
+        return self.place(x, "rows", None, None)
 
     def stack(
         self,
@@ -66,12 +91,14 @@ class Transfusion(nnx.Module):
         angles = rotation(position, width, self.cfg.rope_base)
 
         def layer(x, block, before=None):
-            return block(x, angles, mask, before)
+            x, kept = block(x, angles, mask, before)
+            return self.place(x, "rows", None, None), kept
 
-        if self.cfg.remat == "full":
-            layer = jax.checkpoint(layer)
         stacked = not isinstance(jax.tree.leaves(self.blocks, is_leaf=_is_layers)[0], tuple)
-        if stacked and context is None and not keep and not Network(self.cfg, 0).unrolled:
+        scanned = stacked and context is None and not keep and not unrolled(self.cfg, self.place)
+        if self.cfg.remat != "none" or self.place.split:
+            layer = jax.checkpoint(layer, policy=KEPT[self.cfg.remat], prevent_cse=not scanned)
+        if scanned:
             return jax.lax.scan(lambda x, block: (layer(x, block)[0], None), x, self.blocks)
         kept = []
         for index, block in enumerate(unstack(self.blocks, self.cfg.depth)):
@@ -81,13 +108,66 @@ class Transfusion(nnx.Module):
 
     def text_logits(self, hidden: jax.Array) -> jax.Array:
         """[..., d] to float32 [..., v]."""
-        hidden = self.norm(hidden).astype(jnp.float32)
-        return hidden @ self.text_embedding[...].T if self.cfg.tie_embeddings else self.text_out(hidden)
+        return self._head(hidden)[..., : self.vocabulary_size]
 
-    def __call__(self, tokens, is_patch, z, u, place, position, mask: IntervalMask) -> tuple[jax.Array, jax.Array]:
-        """A whole row without cache: text logits float32 [b, t, v] and patch predictions float32 [b, t, p]."""
-        hidden, _ = self.stack(self.embed(tokens, is_patch, z, u, place), position, mask)
+    def _head(self, hidden: jax.Array) -> jax.Array:
+        hidden = self.norm(hidden).astype(jnp.float32)
+        if not self.cfg.tie_embeddings:
+            return self.text_out(hidden)
+        return hidden @ gather(self.text_embedding, jnp.float32, self.place).T
+
+    def text_nats(self, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+        """-log probability of `targets` int [b, t] under the hidden states [b, t, d] at the same places, float32 [b, t].
+
+        No device ever holds all logits: the vocabulary is split over `tensor`, and long rows are worked through in
+        pieces whose logits the backward pass makes again.
+        """
+
+        def piece(args):
+            hidden, targets = args
+            logits = self.place(self._head(hidden), "rows", None, "vocabulary")
+            ids = jnp.arange(logits.shape[-1])
+            if len(ids) > self.vocabulary_size:
+                logits = jnp.where(ids < self.vocabulary_size, logits, NEVER)
+            # a sum, not a look-up: it stays on the devices that hold the vocabulary's parts
+            own = jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1)
+            return jax.nn.logsumexp(logits, axis=-1) - own
+
+        length = hidden.shape[1]
+        pieces = next(n for n in range(1, length + 1) if length % n == 0 and length // n * self.vocabulary_size <= LOGITS_LIMIT)
+        if pieces == 1:
+            return piece((hidden, targets))
+        cut = lambda a: self.place(
+            a.reshape(len(a), pieces, -1, *a.shape[2:]).swapaxes(0, 1), None, "rows", *[None] * (a.ndim - 1)
+        )
+        nats = jax.lax.map(jax.checkpoint(piece), (cut(hidden), cut(targets)))
+        return nats.swapaxes(0, 1).reshape(targets.shape)
+
+    def hidden(self, tokens, is_patch, z, u, place, position, mask: IntervalMask) -> jax.Array:
+        """A whole row without cache: final hidden states [b, t, d]."""
+        return self.stack(self.embed(tokens, is_patch, z, u, place), position, mask)[0]
+
+    def __call__(self, *row) -> tuple[jax.Array, jax.Array]:
+        """Text logits float32 [b, t, v] and patch predictions float32 [b, t, p]; arguments as of `hidden`."""
+        hidden = self.hidden(*row)
         return self.text_logits(hidden), self.image.predict(hidden)
+
+
+def compute_type(cfg: config.Model, place: Placement):
+    """bfloat16 on accelerators and float32 on CPU, unless the configuration says otherwise."""
+    if cfg.compute == "auto":
+        return jnp.dtype("float32") if platform(place) == "cpu" else jnp.dtype("bfloat16")
+    return jnp.dtype(cfg.compute)
+
+
+def platform(place: Placement) -> str:
+    """Of the mesh, which may be one this machine does not have; else of this machine."""
+    return place.mesh.devices.flat[0].platform if place.mesh is not None else jax.default_backend()
+
+
+def unrolled(cfg: config.Model, place: Placement) -> bool:
+    """Whether training works layer by layer instead of scanning over the stack."""
+    return platform(place) == "cpu" and cfg.depth <= UNROLL_LIMIT
 
 
 def _is_layers(leaf: Any) -> bool:
@@ -104,10 +184,15 @@ def unstack(blocks: Any, depth: int) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """The architecture without its parameters; hashable, so jit can close over it."""
+    """The architecture without its parameters; hashable, so jit can close over it. `mesh`: see mmdiff/parallel/sharding.py."""
 
     cfg: config.Model
     vocabulary_size: int
+    mesh: Mesh | None = None
+
+    @property
+    def place(self) -> Placement:
+        return Placement(self.mesh)
 
     @property
     def head(self) -> tuple[int, int, int]:
@@ -118,20 +203,41 @@ class Network:
         return cfg.width // cfg.head_width, cfg.head_width, cfg.head_width
 
     @property
+    def cache_axes(self) -> tuple[Axes, Axes]:
+        """Names of the axes of cached keys and values [b, h, s, .]."""
+        if self.cfg.block == "gau":
+            return ("rows", None, None, None), ("rows", None, None, "expansion")
+        return ("rows", "heads", None, None), ("rows", "heads", None, None)
+
+    @property
     def compute_type(self):
-        """bfloat16 on accelerators and float32 on CPU, unless the configuration says otherwise."""
-        if self.cfg.compute == "auto":
-            return jnp.dtype("float32") if jax.default_backend() == "cpu" else jnp.dtype("bfloat16")
-        return jnp.dtype(self.cfg.compute)
+        return compute_type(self.cfg, self.place)
 
     @property
     def unrolled(self) -> bool:
-        """Whether training works layer by layer instead of scanning over the stack."""
-        return jax.default_backend() == "cpu" and self.cfg.depth <= UNROLL_LIMIT
+        return unrolled(self.cfg, self.place)
+
+    def _module(self, key=0) -> Transfusion:
+        return Transfusion(self.cfg, self.vocabulary_size, nnx.Rngs(params=key), self.place)
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Fresh parameters: a plain nested dict of float32 arrays."""
-        return nnx.to_pure_dict(nnx.state(Transfusion(self.cfg, self.vocabulary_size, nnx.Rngs(params=key))))
+        return nnx.to_pure_dict(nnx.state(self._module(key)))
+
+    @functools.lru_cache  # noqa: B019  networks are few
+    def axes(self) -> dict[str, Any]:
+        """The names of every parameter's axes: a tuple where `init` has an array."""
+        variables = nnx.state(nnx.eval_shape(self._module))
+        named = lambda path, v: (*[None] * (v.ndim - len(v.get_metadata()["axes"])), *v.get_metadata()["axes"])
+        return nnx.to_pure_dict(nnx.map_state(named, variables))
+
+    def stored(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Parameters, or anything of their structure, told to XLA to lie as stored parameters do; call it inside jit."""
+
+        def constrain(leaf, axes):
+            return tuple(self.place(a, *axes[1:]) for a in leaf) if _is_layers(leaf) else self.place(leaf, *axes)
+
+        return jax.tree.map(constrain, params, self.axes(), is_leaf=_is_layers)
 
     def separate(self, params: dict[str, Any]) -> dict[str, Any]:
         """The same parameters with a tuple of per-layer arrays for each stacked one; `restack` undoes it.
@@ -149,5 +255,4 @@ class Network:
 
     def bind(self, params: dict[str, Any]) -> Transfusion:
         """The module with these parameters."""
-        abstract = nnx.eval_shape(lambda: Transfusion(self.cfg, self.vocabulary_size, nnx.Rngs(params=0)))
-        return nnx.merge(nnx.graphdef(abstract), params)
+        return nnx.merge(nnx.graphdef(nnx.eval_shape(self._module)), params)

@@ -61,7 +61,7 @@ def attention(
     mask: IntervalMask,
     *,
     scale: float,
-    impl: Literal["auto", "dense", "blockwise"] = "auto",
+    impl: Literal["auto", "dense", "blockwise", "pallas"] = "auto",
 ) -> jax.Array:
     """Attend under `mask`.
 

@@ -47,10 +47,10 @@ def empty_cache(network: Network, rows: int, slots: int, dtype) -> Cache:
     """Room for `slots` positions in each of `rows` documents."""
     heads, key_width, value_width = network.head
     lead = (rows, heads, round_up(slots, SLOT_BUCKET))
-    layers = tuple(
-        KeyValue(jnp.zeros((*lead, key_width), dtype), jnp.zeros((*lead, value_width), dtype)) for _ in range(network.cfg.depth)
-    )
-    return Cache(layers, jnp.zeros(rows, jnp.int32))
+    k_axes, v_axes = network.cache_axes
+    k, v = jnp.zeros((*lead, key_width), dtype), jnp.zeros((*lead, value_width), dtype)
+    layer = lambda: KeyValue(network.place(k, *k_axes), network.place(v, *v_axes))
+    return Cache(tuple(layer() for _ in range(network.cfg.depth)), jnp.zeros(rows, jnp.int32))
 
 
 def capacity(cache: Cache) -> int:

@@ -5,13 +5,14 @@ comes from a document's own key.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from mmdiff import config
 from mmdiff.data.vocabulary import Vocabulary
@@ -27,10 +28,18 @@ GROUP = 64  # documents sampled together; more of them only cost memory
 class Model:
     """A trained model and its vocabulary: generate, caption, inpaint, score."""
 
-    def __init__(self, cfg: config.Config, params: dict[str, Any], vocabulary: Vocabulary):
-        self.cfg, self.vocabulary = cfg, vocabulary
-        self.network = Network(cfg.model, vocabulary.size)
-        self.params = self.network.separate(params)
+    def __init__(
+        self,
+        cfg: config.Config,
+        params: dict[str, Any],
+        vocabulary: Vocabulary,
+        mesh: Mesh | None = None,
+        between: Callable[[], None] = lambda: None,
+    ):
+        """`params` lie on `mesh`, if there is one; `between` is called between the programs that `generate` runs."""
+        self.cfg, self.vocabulary, self.between = cfg, vocabulary, between
+        self.network = Network(cfg.model, vocabulary.size, mesh)
+        self.params = jax.jit(self.network.separate)(params)
         self.special = text.Special.of(vocabulary)
 
     def options(self, **changes) -> Options:

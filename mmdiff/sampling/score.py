@@ -33,7 +33,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from mmdiff import config
 from mmdiff.diffusion import prediction
@@ -156,10 +155,11 @@ def _text_nats(network: Network, params: Any, rows: Rows, text_range: tuple[int,
     """-log probability of each row's text tokens, [b]. No text reads a noised block, so their noise is left out."""
     u = jnp.zeros(rows.tokens.shape)
     x = normalise(rows.patches)
-    logits, _ = network.bind(params)(rows.tokens, rows.is_patch, x, u, rows.place, rows.position, rows.mask)
+    model = network.bind(params)
+    hidden = model.hidden(rows.tokens, rows.is_patch, x, u, rows.place, rows.position, rows.mask)
     counted = ~rows.is_patch & (rows.tokens >= text_range[0]) & (rows.tokens < text_range[1])
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], rows.tokens[:, 1:])
-    return jnp.sum(nats * counted[:, 1:], axis=1)
+    nats = model.text_nats(hidden, jnp.roll(rows.tokens, -1, axis=1))
+    return jnp.sum(nats[:, :-1] * counted[:, 1:], axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("network", "diffusion"))

@@ -34,6 +34,7 @@ from mmdiff.layout import (
     text_pieces,
     unpatchify,
 )
+from mmdiff.parallel.distributed import fetch
 from mmdiff.sampling import text
 from mmdiff.sampling.cache import CHUNK_BUCKET, SLOT_BUCKET, Cache, capacity, empty_cache, extend, grow, make_chunk, round_up
 from mmdiff.sampling.image import Canvas, Guidance, Known, draw
@@ -108,6 +109,7 @@ class Session:
         for draft in self.drafts:
             self._take(draft)
         while True:
+            self.model.between()
             self._read()
             if any(d.mode < text.DRAW for d in self.drafts):
                 self._write()
@@ -187,7 +189,7 @@ class Session:
             model.network, model.special, model.params, self.cache, state, self.keys, choice, slots
         )
         self.logits = state.logits
-        host = jax.device_get((state.mode, state.budget, state.images, state.tokens, state.written, state.place))
+        host = fetch((state.mode, state.budget, state.images, state.tokens, state.written, state.place))
         for draft, mode, budget, images, tokens, written, place in zip(self.drafts, *host, strict=True):
             if draft.mode < text.DRAW:
                 draft.mode, draft.budget, draft.images = int(mode), int(budget), int(images)
@@ -243,7 +245,7 @@ class Session:
             keys,
             Guidance(jnp.float32(options.guidance), jnp.float32(lowest), jnp.float32(highest)),
         )
-        for i, piece, patches in zip(due, open_images, np.asarray(pixels), strict=False):
+        for i, piece, patches in zip(due, open_images, fetch(pixels), strict=False):
             draft = self.drafts[i]
             draft.pieces[-1] = piece._replace(patches=patches[: piece.patch_count])
             draft.segments.append(Image(unpatchify(patches[: piece.patch_count], piece.grid_rows, piece.grid_cols)))

@@ -35,7 +35,11 @@ logging.set_verbosity(logging.ERROR)  # orbax narrates every save
 
 
 class CheckpointError(DataError):
-    """A checkpoint that cannot be written, read or used; one line."""
+    """A checkpoint that cannot be read or used; one line."""
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written; one line that says which one is still good."""
 
 
 class _Damaged(Exception):
@@ -45,13 +49,11 @@ class _Damaged(Exception):
 class Checkpoints:
     """The checkpoints of one training run; at most `keep`, the newest. Saves are asynchronous and atomic.
 
-    `save` writes at multiples of `every`, or always with `force=True`. In a run of several processes every method is
-    called by all of them.
+    In a run of several processes every method is called by all of them.
     """
 
-    def __init__(self, folder: str | Path, *, keep: int = 2, every: int = 1):
-        self._folder, self._every = _absolute(folder), every
-        # No save_decision_policy: it would replace orbax's own, preemption included. `save` decides and forces.
+    def __init__(self, folder: str | Path, *, keep: int = 2):
+        self._folder = _absolute(folder)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
@@ -59,16 +61,15 @@ class Checkpoints:
         """Steps that have a checkpoint, damaged or not, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Any, meta: dict[str, Any], *, force: bool = False) -> bool:
-        """Start writing `state` (any pytree with `params` and `ema`) and `meta` (JSON values); False if not due.
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> bool:
+        """Start writing `state` (any pytree with `params` and `ema`) and `meta` (JSON values); False if it is there.
 
-        Returns once the arrays are copied, so that the caller may donate them. A step that is there already is not
-        written again.
+        Returns once the arrays are copied, so that the caller may donate them.
 
         Raises:
-          CheckpointError: `step` is not the state's, a newer checkpoint exists, or this or the last write failed.
+          CheckpointError: `step` is not the state's, or a newer checkpoint exists. SaveError: this or the last write failed.
         """
-        if not (force or step % self._every == 0) or step in self.steps():
+        if step in self.steps():
             return False
         if int(getattr(state, "step", step)) != step:
             raise CheckpointError(f"checkpoint {step} would hold the state of step {int(state.step)}")
@@ -80,22 +81,23 @@ class Checkpoints:
             args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(_sealed(meta, step, leaves)))
             return self._manager.save(step, args=args, force=True)
         except Exception as error:
-            raise CheckpointError(f"checkpoint {step} could not be written: {_line(error)}") from error
+            raise self._failed(f"checkpoint {step}", error) from error
 
     def wait(self) -> None:
-        """Return when the last save is complete. Raises CheckpointError if it failed."""
+        """Return when the last save is complete. Raises SaveError if it failed."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            raise CheckpointError(f"the last checkpoint could not be written: {_line(error)}") from error
+            raise self._failed("the last checkpoint", error) from error
 
     def close(self) -> None:
         self.wait()
         self._manager.close()
 
-    def preempted(self, step: int) -> bool:
-        """Whether this is the step at which all processes stop because one was told to. Call at every step."""
-        return self._manager.reached_preemption(step)
+    def _failed(self, what: str, error: Exception) -> SaveError:
+        whole = sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
+        kept = f"checkpoint {whole[-1]} is whole, and the same command resumes from it" if whole else "there is none before it"
+        return SaveError(f"{what} could not be written to {self._folder} ({_line(error)}); {kept}. Is the disk full?")
 
     def latest_valid(self, like: Any, *, strict: bool = False) -> tuple[Any, dict[str, Any]] | None:
         """State and meta of the newest checkpoint that is whole, or None if there is none at all.

@@ -1,16 +1,20 @@
 """The training loop.
 
 Order, and why:
+    agree      all processes run the same code on the same data, or none starts
     restore    state of the newest valid checkpoint; its step is the index of the next batch
     each step  batch(step) -> train_step -> metrics of the step before (so that the device is never waited for)
                -> save after the update: a checkpoint's step is the next batch
                -> samples and validation with the moving average
+    SIGTERM    to any process: all save the step they are at and end, also from within validation and sampling
+
+Several processes run this file in step; every branch below depends only on what they share.
 """
 
 import json
-import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,132 +22,230 @@ import jax
 import numpy as np
 
 from mmdiff import config
-from mmdiff.document import DataError
 from mmdiff.evaluation.sheets import sample_sheet
-from mmdiff.parallel.mesh import make_mesh, place_rows, replicated
+from mmdiff.layout import Rows
+from mmdiff.parallel import distributed
+from mmdiff.parallel.chips import peak_flops
+from mmdiff.parallel.mesh import local_rows, make_mesh, place_rows
 from mmdiff.sampling.generate import Model
 from mmdiff.training import flops, guard
 from mmdiff.training.checkpoint import Checkpoints
+from mmdiff.training.goodput import Goodput
 from mmdiff.training.metrics import Metrics, Progress, read_metrics
 from mmdiff.training.run import VOCABULARY_FILE, Run, build
 from mmdiff.training.state import TrainState
 from mmdiff.training.step import compile_train_step
+from mmdiff.training.survival import Preempted, Stopping, Termination, Watchdog
 from mmdiff.training.validate import validate
+from mmdiff.training.workdir import check_same, check_workdir, write_whole
 
 
-def train(cfg: config.Config, workdir: str | Path, *, strict: bool = False) -> dict[str, float]:
-    """Train, or resume, the run in `workdir`.
+def train(
+    cfg: config.Config, workdir: str | Path, *, strict: bool = False, profile: tuple[int, int] | None = None
+) -> dict[str, float]:
+    """Train, or resume, the run in `workdir`; with several processes, called by all of them.
 
     Args:
-      cfg: must equal the workdir's own configuration when it has one, up to how often it logs, saves, samples and validates.
+      cfg: must equal the workdir's own configuration when it has one, up to the fields that training/workdir.py names.
       strict: stop at a damaged checkpoint instead of taking an older one.
+      profile: write a profiler trace of the steps [first, last) to WORKDIR/profile.
     Returns:
       the last validation metrics (empty without held-out data).
     Raises:
       ConfigError, DataError, CheckpointError: with the one line to show. guard.Diverged: see training.max_skips.
-      Preempted: after SIGTERM, when the state is saved.
+      SaveError: a checkpoint could not be written. Preempted: after SIGTERM, when the state is saved.
     """
     workdir = Path(workdir)
-    mesh = make_mesh(cfg.training.batch_size)
+    first = distributed.is_first()
+    goodput = Goodput(workdir, write=first)
     check_workdir(cfg, workdir)
-    run = build(cfg, workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_whole(workdir / "config.json", cfg.to_json().encode())
-    write_whole(workdir / VOCABULARY_FILE, run.vocabulary.to_bytes())
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=cfg.training.keep, every=cfg.training.checkpoint_every)
-    like = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), jax.eval_shape(run.new_state)
-    )
-    meta = {
-        "config": json.loads(cfg.to_json()),
-        "data": run.train.fingerprint,
-        "vocabulary": run.vocabulary.fingerprint,
-    }
-    found = checkpoints.latest_valid(like, strict=strict)
-    if found is None:
-        state = jax.jit(run.new_state, out_shardings=replicated(mesh))()
-    else:
-        state, saved = found
-        _check_same(saved, meta, workdir)
-        print(f"resuming {workdir} at step {int(state.step)}", file=sys.stderr)
-    try:
-        with _Terminate() as terminate:
-            return _loop(run, state, workdir, checkpoints, meta, mesh, terminate)
-    finally:
-        checkpoints.close()
+    mesh = make_mesh(cfg.mesh, cfg.training)
+    with Termination(mesh) as termination, Watchdog(cfg.training.watchdog) as watchdog:
+        run = build(cfg, workdir, mesh)
+        meta = {
+            "config": json.loads(cfg.to_json()),
+            "data": run.train.fingerprint,
+            "vocabulary": run.vocabulary.fingerprint,
+        }
+        shared = {"configuration": cfg.fingerprint(), "data": meta["data"], "vocabulary": meta["vocabulary"]}
+        distributed.agree(shared | distributed.environment())
+        if first:
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_whole(workdir / "config.json", cfg.to_json().encode())
+            write_whole(workdir / VOCABULARY_FILE, run.vocabulary.to_bytes())
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=cfg.training.keep)
+        like = run.abstract_state()
+        found = checkpoints.latest_valid(like, strict=strict)
+        if found is None:
+            state = jax.jit(run.new_state, out_shardings=jax.tree.map(lambda a: a.sharding, like))()
+        else:
+            state, saved = found
+            check_same(saved, meta, workdir)
+            if first:
+                print(f"resuming {workdir} at step {int(state.step)}", file=sys.stderr)
+        goodput.resume(int(state.step))
+        metrics = Metrics(workdir, int(state.step), write=first)
+        try:
+            return _Loop(run, workdir, checkpoints, meta, metrics, goodput, termination, watchdog, profile).go(state)
+        finally:
+            metrics.close()
+            with goodput.phase("checkpoint"):
+                checkpoints.close()
+            goodput.write()
+            if first:
+                print(goodput.summary(), file=sys.stderr)
 
 
-class Preempted(Exception):
-    """SIGTERM arrived; the state of the current step was saved."""
+class _Loop:
+    """What the loop needs at every turn, and the loop."""
 
+    def __init__(
+        self,
+        run: Run,
+        workdir: Path,
+        checkpoints: Checkpoints,
+        meta: dict[str, Any],
+        metrics: Metrics,
+        goodput: Goodput,
+        termination: Termination,
+        watchdog: Watchdog,
+        profile: tuple[int, int] | None,
+    ):
+        self.run, self.workdir, self.checkpoints, self.meta = run, workdir, checkpoints, meta
+        self.metrics, self.goodput, self.termination, self.watchdog, self.profile = (
+            metrics,
+            goodput,
+            termination,
+            watchdog,
+            profile,
+        )
+        self.settings = run.cfg.training
+        self.begin = time.monotonic()
+        self.waited = 0.0  # seconds waited for data up to the last report
+        self.pending: tuple[int, dict[str, jax.Array]] | None = None  # metrics not yet read, and of which step
 
-def _loop(run: Run, state: TrainState, workdir: Path, checkpoints: Checkpoints, meta, mesh, terminate) -> dict[str, float]:
-    settings = run.cfg.training
-    start = int(state.step)
-    metrics = Metrics(workdir, start, write=jax.process_index() == 0)
-    positions = settings.batch_size * run.cfg.layout.row_length
-    progress = Progress(
-        settings.steps,
-        start,
-        tokens_per_step=positions,
-        flops_per_step=flops.training_flops(run.cfg, run.vocabulary.size),
-        peak_flops=flops.peak_flops(jax.devices()),
-    )
-    begin = time.monotonic()
-    # a run that was killed between a save and its validation makes up for it
-    behind = start > 0 and not any(r["step"] == start and "x_error" in r for r in read_metrics(workdir))
-    validation = _measure(run, state, start, workdir, metrics, begin) if behind else {}
-    pending: tuple[int, dict[str, jax.Array], float] | None = None
-    compiled = None
-    for step, batch in enumerate(run.train.iterate(start, settings.steps), start):
-        rows = place_rows(batch, mesh)
-        if compiled is None:
-            compiled = compile_train_step(run.network, run.cfg, run.tx, state, rows)
-            describe(run, compiled)
-        learning_rate = None
-        if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
-            learning_rate = run.schedule(step)  # of this update, up to skipped steps
-        state, values = compiled(state, rows)
-        if pending is not None:
-            _report(*pending, settings, metrics, progress)
-        pending = (step + 1, values | ({} if learning_rate is None else {"learning_rate": learning_rate}), begin)
-        last, stopping = step + 1 == settings.steps, terminate.asked
-        if last or stopping or (step + 1) % settings.checkpoint_every == 0:
-            # before the save, which waits for this step anyway: a run resumed from it must not miss the step's line
-            _report(*pending, settings, metrics, progress)
-            pending = None
-            checkpoints.save(step + 1, state, meta, force=True)
-        if stopping:
-            raise Preempted(f"stopped by SIGTERM; step {step + 1} is saved in {workdir}")
-        validation = _measure(run, state, step + 1, workdir, metrics, begin) or validation
-    if pending is not None:
-        _report(*pending, settings, metrics, progress)
-    progress.close()
-    metrics.close()
-    return validation
+    def go(self, state: TrainState) -> dict[str, float]:
+        run, settings, start = self.run, self.settings, int(state.step)
+        self.progress = self._progress(start)
+        # a run that was killed between a save and its validation makes up for it
+        behind = distributed.is_first() and start > 0 and not self._validated(start)
+        validation = self._measure(state, start) if distributed.from_first(behind) else {}
+        compiled = None
+        for step, rows in enumerate(self._batches(start), start):
+            if compiled is None:
+                with self.goodput.phase("compile"):
+                    compiled = compile_train_step(run.network, run.cfg, run.tx, state, rows)
+                    if distributed.is_first():
+                        describe(run, compiled)
+                if self.termination.now():
+                    self._end(state, start)
+            self._profile(step)
+            learning_rate = None
+            if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
+                learning_rate = run.schedule(step)  # of this update, up to skipped steps
+            state, values = compiled(state, rows)
+            stopping = self.termination.at_step()
+            self._report()
+            self.pending = step + 1, values | ({} if learning_rate is None else {"learning_rate": learning_rate})
+            if stopping or step + 1 == settings.steps or (step + 1) % settings.checkpoint_every == 0:
+                self._save(state, step + 1)
+            if stopping:
+                self._end(state, step + 1)
+            validation = self._measure(state, step + 1) or validation
+            self.watchdog.beat()
+        self._report()
+        self._profile(settings.steps)
+        self.progress.close()
+        return validation
 
+    def _validated(self, step: int) -> bool:
+        return any(record["step"] == step and "x_error" in record for record in read_metrics(self.workdir))
 
-def _measure(run: Run, state: TrainState, step: int, workdir: Path, metrics: Metrics, begin: float) -> dict[str, float]:
-    """Validate and draw samples, if it is time for them; the validation metrics, or {}."""
-    settings, validation = run.cfg.training, {}
-    if _due(step, settings.validate_every, settings.steps) and run.validation is not None:
-        validation = validate(run.network, run.cfg, state.ema, run.validation, settings.validation_rows)
-        metrics.write(step, validation | {"seconds": time.monotonic() - begin})
-    path = workdir / "samples" / f"{step:07d}.png"
-    if _due(step, settings.sample_every, settings.steps) and jax.process_index() == 0:
-        model = Model(run.cfg, state.ema, run.vocabulary)
-        metrics.image(step, "samples", sample_sheet(model, run.validation or run.train, path))
-    return validation
+    def _batches(self, start: int) -> Iterator[Rows]:
+        """Global batches of the steps from `start` on; every process reads only its own rows of them."""
+        run, settings = self.run, self.settings
+        batches = run.train.iterate(start, settings.steps, local_rows(run.mesh, settings.batch_size))
+        while True:
+            with self.goodput.phase("data"):
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                rows = place_rows(batch, run.mesh, settings.batch_size)
+            self.goodput.enter("step")
+            yield rows
 
+    def _save(self, state: TrainState, step: int) -> None:
+        self._report()  # the save waits for this step anyway, and a run resumed from it must not miss the step's line
+        with self.goodput.phase("checkpoint"):
+            self.checkpoints.save(step, state, self.meta)
+            self.goodput.saved(step)
 
-def _report(step: int, values: dict[str, Any], begin: float, settings, metrics: Metrics, progress: Progress) -> None:
-    """Write the metrics of a step that is already followed by the next one."""
-    guard.check_diverged(int(values["skips"]), settings.max_skips, step)
-    if "learning_rate" not in values:
-        return
-    host = {name: float(np.asarray(value)) for name, value in values.items()}
-    metrics.write(step, host | {"seconds": time.monotonic() - begin})
-    progress.report(step, {k: host[k] for k in ("loss", "text_loss", "image_loss")})
+    def _end(self, state: TrainState, step: int) -> None:
+        """All processes were told to stop and are here."""
+        self._save(state, step)  # does nothing if that step is there
+        with self.goodput.phase("checkpoint"):
+            self.checkpoints.wait()
+        self.progress.close()
+        raise Preempted(f"stopped by SIGTERM; step {step} is saved in {self.workdir}")
+
+    def _measure(self, state: TrainState, step: int) -> dict[str, float]:
+        """Validate and draw samples, if it is time for them; the validation metrics, or {}."""
+        try:
+            with self.goodput.phase("evaluation"):
+                return self._measured(state, step)
+        except Stopping:
+            self._end(state, step)
+            raise
+
+    def _measured(self, state: TrainState, step: int) -> dict[str, float]:
+        run, settings, validation = self.run, self.settings, {}
+        if _due(step, settings.validate_every, settings.steps) and run.validation is not None:
+            validation = validate(run.network, run.cfg, state.ema, run.validation, settings.validation_rows, self._between)
+            self.metrics.write(step, validation | {"seconds": time.monotonic() - self.begin})
+        if _due(step, settings.sample_every, settings.steps):
+            model = Model(run.cfg, state.ema, run.vocabulary, run.mesh, between=self._between)
+            path = self.workdir / "samples" / f"{step:07d}.png" if distributed.is_first() else None
+            self.metrics.image(step, "samples", sample_sheet(model, run.validation or run.train, path))
+        return validation
+
+    def _between(self) -> None:
+        """Called between the pieces of validation and sampling."""
+        self.watchdog.beat()
+        if self.termination.now():
+            raise Stopping
+
+    def _report(self) -> None:
+        """Read and write the metrics of the step before, if that was not done yet."""
+        if self.pending is None:
+            return
+        (step, values), self.pending = self.pending, None
+        guard.check_diverged(int(values["skips"]), self.settings.max_skips, step)
+        if "learning_rate" not in values:
+            return
+        host = {name: float(np.asarray(value)) for name, value in values.items()}
+        waited = self.goodput.seconds["data"]
+        host["data_wait"], self.waited = waited - self.waited, waited
+        self.metrics.write(step, host | {"seconds": time.monotonic() - self.begin})
+        self.goodput.write()
+        if distributed.is_first():
+            self.progress.report(step, {k: host[k] for k in ("loss", "text_loss", "image_loss")}, host["data_wait"])
+
+    def _progress(self, start: int) -> Progress:
+        run, settings = self.run, self.settings
+        return Progress(
+            settings.steps,
+            start,
+            tokens_per_step=settings.batch_size * run.cfg.layout.row_length,
+            flops_per_step=flops.training_flops(run.cfg, run.vocabulary.size),
+            peak_flops=peak_flops(list(run.mesh.devices.flat)),
+        )
+
+    def _profile(self, step: int) -> None:
+        if self.profile is not None and step == self.profile[0]:
+            jax.profiler.start_trace(str(self.workdir / "profile"))
+        if self.profile is not None and step == min(self.profile[1], self.settings.steps):
+            jax.profiler.stop_trace()
+            self.profile = None
 
 
 def _due(step: int, every: int, last: int) -> bool:
@@ -169,64 +271,3 @@ def describe(run: Run, compiled) -> None:
         f"{100 * run.train.waste():.1f}% padding",
         file=sys.stderr,
     )
-
-
-def check_workdir(cfg: config.Config, workdir: Path) -> None:
-    """Refuse to go on with another configuration than the workdir's.
-
-    Raises:
-      ConfigError: names the first field that differs.
-    """
-    path = workdir / "config.json"
-    if not path.is_file():
-        return
-    old = config.Config.from_json(path.read_text())
-    free = {f"training.{name}" for name in ("log_every", "checkpoint_every", "keep", "sample_every", "validate_every")}
-    before, after = _flat(json.loads(old.to_json())), _flat(json.loads(cfg.to_json()))
-    for name, value in after.items():
-        if name in free or name.startswith("sampling.") or before.get(name) == value:
-            continue
-        raise config.ConfigError(
-            f"{workdir} was started with {name}={before.get(name)!r}, not {value!r}; use another --workdir, or the old value."
-        )
-
-
-def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
-def _check_same(saved: dict, now: dict, workdir: Path) -> None:
-    for what, remedy in (("vocabulary", "restore the run's vocabulary.model"), ("data", "use the data it was started with")):
-        if saved[what] != now[what]:
-            raise DataError(f"{workdir}: the {what} has changed since the checkpoint ({saved[what]} -> {now[what]}); {remedy}.")
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that a kill leaves the old one or the new one."""
-    if path.is_file() and path.read_bytes() == data:
-        return
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    part.replace(path)
-
-
-class _Terminate:
-    """Turns SIGTERM into a flag that the loop reads between steps."""
-
-    def __enter__(self):
-        self.asked = False
-        try:
-            self._before = signal.signal(signal.SIGTERM, self._ask)
-        except ValueError:  # not the main thread: signals stay with whoever owns it
-            self._before = None
-        return self
-
-    def __exit__(self, *_):
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def _ask(self, *_):
-        self.asked = True

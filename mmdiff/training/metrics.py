@@ -137,8 +137,8 @@ class Progress:
         self._live = self._stream.isatty()
         self._last = (start, clock())
 
-    def report(self, step: int, values: Mapping[str, Any]) -> None:
-        """Show `values` and the speed since the report before."""
+    def report(self, step: int, values: Mapping[str, Any], waited: float | None = None) -> None:
+        """Show `values`, and since the report before the speed and how much of the time went by waiting for data."""
         before, then = self._last
         now = self._clock()
         self._last = (step, now)
@@ -153,6 +153,8 @@ class Progress:
                 parts.append(f"MFU {100 * rate * self._flops / self._peak:.1f}%")
             elif self._flops:
                 parts.append(f"{_short(rate * self._flops, ' ')}FLOP/s")
+            if waited is not None:
+                parts.append(f"data wait {100 * waited / max(now - then, 1e-9):.1f}%")
             parts.append(f"ETA {_clock_time((self._total - step) / rate)}")
         line = "  ".join(parts)
         if self._live:

@@ -86,14 +86,13 @@ def decay_mask(params: Any) -> Any:
 
 
 def muon_labels(params: Any) -> Any:
-    """'muon' for hidden matrices, the leaves `blocks/.../kernel` of shape [layers, in, out]; 'adam' for the rest.
-
-    The input and output heads, embeddings, norms, biases and convolutions keep Adam.
+    """'muon' for hidden matrices, the leaves `blocks/.../kernel` of shape [layers, in, out] or [layers, in, n, out] (n
+    matrices side by side, each orthogonalised by itself); 'adam' for the rest: heads, embeddings, norms, biases.
     """
 
     def label(path, leaf):
         names = _names(path)
-        return "muon" if "blocks" in names and names[-1] == "kernel" and leaf.ndim == 3 else "adam"
+        return "muon" if "blocks" in names and names[-1] == "kernel" and leaf.ndim in (3, 4) else "adam"
 
     return jax.tree_util.tree_map_with_path(label, params)
 
@@ -123,15 +122,18 @@ def scale_by_layer_trust_ratio() -> optax.GradientTransformation:
 
 
 def _orthogonalise() -> optax.GradientTransformation:
-    """Muon for leaves [layers, in, out]: Nesterov momentum, then Newton-Schulz per layer, then equation (2)."""
-    numbers = contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)  # axis 0, unnamed, is a batch axis
+    """Muon for leaves [layers, in, (n,) out]: Nesterov momentum, then Newton-Schulz per matrix, then equation (2)."""
+
+    def numbers(leaf):  # axes that are not named are batch axes
+        return contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=leaf.ndim - 1)
+
     direction = contrib.scale_by_muon(
-        beta=MUON_MOMENTUM, weight_dimension_numbers=lambda updates: jax.tree.map(lambda _: numbers, updates)
+        beta=MUON_MOMENTUM, weight_dimension_numbers=lambda updates: jax.tree.map(numbers, updates)
     )
 
     def equal_rms(updates, state, params=None):
         del params
-        return jax.tree.map(lambda u: MUON_RMS * max(u.shape[1:]) ** 0.5 * u, updates), state
+        return jax.tree.map(lambda u: MUON_RMS * max(u.shape[1], u.shape[-1]) ** 0.5 * u, updates), state
 
     return optax.chain(direction, optax.GradientTransformation(lambda params: optax.EmptyState(), equal_rms))
 

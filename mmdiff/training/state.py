@@ -14,12 +14,16 @@ a sum of integers does not depend on how the array is sharded.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding
+
+from mmdiff.parallel.sharding import Placement
 
 
 @jax.tree_util.register_dataclass
@@ -56,6 +60,27 @@ def create(params: Any, tx: optax.GradientTransformation, seed: int) -> TrainSta
     )
 
 
+def shardings(state: TrainState, axes: Any, mesh: Mesh) -> TrainState:
+    """Where each leaf of the state lives: a NamedSharding for every array.
+
+    Args:
+      state: arrays or ShapeDtypeStructs.
+      axes: names of every parameter's axes (Network.axes). The moving average and whatever of the optimiser's state has
+        a parameter's path and shape lie as that parameter does; all else is whole on every device.
+    """
+    place = Placement(mesh)
+    named = named_leaves(axes, is_leaf=lambda leaf: type(leaf) is tuple)
+
+    def where(path: str, leaf) -> NamedSharding:
+        inside = path.split("/")
+        tails = ("/".join(inside[i:]) for i in range(len(inside)))
+        names = next((named[tail] for tail in tails if tail in named), ())
+        return place.sharding(leaf.shape, names if len(names) == len(leaf.shape) else (None,) * len(leaf.shape))
+
+    leaves = [where(path, leaf) for path, leaf in named_leaves(state).items()]
+    return jax.tree.unflatten(jax.tree.structure(state), leaves)
+
+
 def update_ema(ema: Any, params: Any, decay: float, step: jax.Array) -> Any:
     """The average after the update of step t = `step` (counted from 0), in float32."""
     t = jnp.asarray(step, jnp.float32)
@@ -63,9 +88,9 @@ def update_ema(ema: Any, params: Any, decay: float, step: jax.Array) -> Any:
     return jax.tree.map(lambda e, p: d * e + (1 - d) * p.astype(jnp.float32), ema, params)
 
 
-def named_leaves(tree: Any) -> dict[str, Any]:
+def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
     """{path: leaf} in the order of the tree; paths as in `params/blocks/in/kernel`."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 

@@ -77,10 +77,11 @@ def loss_sums(network: Network, diffusion: config.Diffusion, params: Any, rows: 
     x = normalise(rows.patches)
     z, alpha, sigma = corrupt(x, eps, u, diffusion)
     model = network.bind(params)
-    logits, output = model(rows.tokens, rows.is_patch, z, u, rows.place, rows.position, rows.mask)
+    hidden = model.hidden(rows.tokens, rows.is_patch, z, u, rows.place, rows.position, rows.mask)
     weight = rows.text_weight[:, 1:]
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], rows.tokens[:, 1:])
-    error = image_error(output, x, eps, alpha, sigma, diffusion)
+    following = jnp.roll(rows.tokens, -1, axis=1)  # the first token comes round to the last place, which carries no weight
+    nats = model.text_nats(hidden, following)[:, :-1]
+    error = image_error(model.image.predict(hidden), x, eps, alpha, sigma, diffusion)
     image_weight = rows.image_weight
     if diffusion.reduction == "sum":  # over the patches of an image too; the copies of one image are still averaged
         copies = jnp.maximum(1.0, jnp.round(1.0 / jnp.maximum(image_weight * _patch_count(rows), 1e-9)))
@@ -108,8 +109,11 @@ def combine(losses: Losses, diffusion: config.Diffusion) -> tuple[jax.Array, dic
 def compile_train_step(
     network: Network, cfg: config.Config, tx: optax.GradientTransformation, state: TrainState, rows: Rows
 ) -> jax.stages.Compiled:
-    """`make_train_step` compiled for these arguments; the state is donated."""
-    compiled = jax.jit(make_train_step(network, cfg, tx), donate_argnums=0).lower(state, rows).compile()
+    """`make_train_step` compiled for these arguments (arrays or ShapeDtypeStructs); the state is donated."""
+    stays = None
+    if network.mesh is not None:
+        stays = (jax.tree.map(lambda leaf: leaf.sharding, state), None)
+    compiled = jax.jit(make_train_step(network, cfg, tx), donate_argnums=0, out_shardings=stays).lower(state, rows).compile()
     if sys.platform == "linux":
         # glibc keeps what the compiler has freed, some 300 MB, unless asked
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -132,6 +136,7 @@ def make_train_step(
         key = jax.random.fold_in(state.key, state.step)
         u = block_times(rows, jax.random.fold_in(key, PURPOSES["times"]), diffusion)
         eps = jax.random.normal(jax.random.fold_in(key, PURPOSES["noise"]), rows.patches.shape, jnp.float32)
+        eps = network.place(eps, "rows", None, None)
         text_weight = jnp.maximum(rows.text_weight[:, 1:].sum(), 1e-9)
         image_weight = jnp.maximum(rows.image_weight.sum(), 1e-9)
 
@@ -145,18 +150,23 @@ def make_train_step(
         if pieces == 1:
             (_, sums), grads = grad_of(params, (rows, u, eps))
         else:
-            # piece i takes rows i, i + n, ...: a batch sharded over devices stays sharded
-            split = jax.tree.map(lambda a: a.reshape(-1, pieces, *a.shape[1:]).swapaxes(0, 1), (rows, u, eps))
+
+            def cut(a):  # piece i takes rows i, i + n, ...: a batch split over devices stays split
+                a = a.reshape(-1, pieces, *a.shape[1:]).swapaxes(0, 1)
+                return network.place(a, None, "rows", *[None] * (a.ndim - 2))
+
+            split = jax.tree.map(cut, (rows, u, eps))
 
             def add(total, piece):
                 (_, sums), grads = grad_of(params, piece)
-                return jax.tree.map(jnp.add, total, (sums, grads)), None
+                return jax.tree.map(jnp.add, total, (sums, network.stored(grads))), None
 
-            zero = jax.tree.map(jnp.zeros_like, params)
+            zero = network.stored(jax.tree.map(jnp.zeros_like, params))
             nothing = jnp.zeros((), jnp.float32)
             (sums, grads), _ = jax.lax.scan(add, (Losses(nothing, nothing, nothing, nothing), zero), split)
         loss, metrics = combine(sums, diffusion)
-        state, guarded = apply_guarded(state, network.restack(grads), loss, tx, cfg.training.ema)
+        grads = network.stored(network.restack(grads))
+        state, guarded = apply_guarded(state, grads, loss, tx, cfg.training.ema)
         return state, metrics | guarded
 
     return train_step

@@ -7,6 +7,7 @@ The x-error compares across predictions, losses, weightings and schedules, which
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from mmdiff.diffusion import prediction
 from mmdiff.diffusion.schedule import time_of
 from mmdiff.layout import Rows
 from mmdiff.models.transfusion import Network
+from mmdiff.parallel.mesh import place_rows
 from mmdiff.training.step import Losses, combine, corrupt, loss_sums, normalise
 
 SIGMAS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -39,16 +41,29 @@ def measure(network: Network, diffusion: config.Diffusion, params: Any, rows: Ro
     return sums, jnp.sum(jnp.where(noised, (x_hat - x) ** 2, 0)), jnp.sum(jnp.where(noised, x**2, 0))
 
 
-def validate(network: Network, cfg: config.Config, params: Any, batches: Batches, rows: int) -> dict[str, float]:
-    """Losses, `text_bits_per_byte` and `x_error` (mean over SIGMAS, and by level) on the first `rows` held-out rows."""
+def validate(
+    network: Network,
+    cfg: config.Config,
+    params: Any,
+    batches: Batches,
+    rows: int,
+    between: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Losses, `text_bits_per_byte` and `x_error` (mean over SIGMAS, and by level) on the first `rows` held-out rows.
+
+    `between` is called before each batch.
+    """
     size = cfg.training.batch_size
     count = max(1, min(rows, batches.rows_per_epoch()) // size)
     nothing = jnp.zeros((), jnp.float32)
     totals, x_error = Losses(nothing, nothing, nothing, nothing), {s: np.zeros(2) for s in SIGMAS}
     text_bytes = 0
     for index in range(count):
+        between()
         batch = batches.batch(index)
         text_bytes += _text_bytes(batches, batch)
+        if network.mesh is not None:
+            batch = place_rows(batch, network.mesh)
         for level, sigma in enumerate(SIGMAS):
             key = jax.random.fold_in(jax.random.key(index), level)
             sums, wrong, all_of = measure(network, cfg.diffusion, params, batch, key, jnp.float32(sigma))

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mmdiff.layout import ImagePlan, Rows
@@ -67,6 +68,30 @@ def places(row, document) -> Places:
     padding = (t >= first) & ~one.is_patch & (one.tokens == 0)
     each = lambda noised: [np.flatnonzero((one.image == k) & (one.noised == noised)) for k in (1, 2)]
     return Places(np.flatnonzero(~one.is_patch & (t < first)), each(False), each(True), np.flatnonzero(padding), t[t >= first])
+
+
+@pytest.mark.parametrize("limit", [2**24, 200])
+def test_text_nats_are_the_cross_entropy_of_the_logits(tiny, row, monkeypatch, limit):
+    """Whole, and in pieces that hold few logits at a time; gradients too."""
+    monkeypatch.setattr(transfusion, "LOGITS_LIMIT", limit)
+    hidden = jax.random.normal(jax.random.key(0), (2, 64, tiny.cfg.model.width))
+    targets = jax.random.randint(jax.random.key(1), (2, 64), 0, tiny.vocabulary.size)
+
+    def ours(params, hidden):
+        return tiny.network.bind(params).text_nats(hidden, targets)
+
+    def reference(params, hidden):
+        logits = tiny.network.bind(params).text_logits(hidden)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+    np.testing.assert_allclose(ours(tiny.params, hidden), reference(tiny.params, hidden), atol=1e-5)
+    weight = jnp.linspace(0, 1, 64)
+    got, want = (
+        jax.grad(lambda *a, f=f: jnp.sum(f(*a) * weight), argnums=(0, 1))(tiny.params, hidden) for f in (ours, reference)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, want)
+    unused = got[0]["text_out"]["kernel"][:, tiny.vocabulary.size :]
+    assert unused.shape[1] > 0 and not jnp.any(unused)  # the head is wider than the vocabulary; the rest is never learnt
 
 
 def test_influence_is_exactly_what_the_mask_allows(reads, row):

@@ -43,9 +43,9 @@ def mix(q, k, v, allowed, scale):
 
 
 def gau_by_hand(p, x, position, allowed, cfg):
-    wide = swish(rms(x, p["norm"]["scale"]) @ p["project"]["kernel"])
-    e = cfg.expansion * cfg.width
-    u, v, z = wide[..., :e], wide[..., e : 2 * e], wide[..., 2 * e :]
+    h = rms(x, p["norm"]["scale"])
+    u, v = (swish(h @ p["gates"]["kernel"][:, i]) for i in (0, 1))
+    z = swish(h @ p["shared"]["kernel"])
     q, k = (z * p["scale_qk"][i] + p["shift_qk"][i] for i in (0, 1))
     if cfg.qk_norm:
         q, k = rms(q, p["norm_q"]["scale"]), rms(k, p["norm_k"]["scale"])
@@ -54,7 +54,7 @@ def gau_by_hand(p, x, position, allowed, cfg):
 
 
 def transformer_by_hand(p, x, position, allowed, cfg):
-    q, k, v = np.split(rms(x, p["norm_attention"]["scale"]) @ p["qkv"]["kernel"], 3, axis=-1)
+    q, k, v = (rms(x, p["norm_attention"]["scale"]) @ p["qkv"]["kernel"][:, i] for i in range(3))
     heads = []
     for start in range(0, cfg.width, cfg.head_width):
         part = slice(start, start + cfg.head_width)
@@ -64,7 +64,7 @@ def transformer_by_hand(p, x, position, allowed, cfg):
         one, two = (turn(a, position, cfg.rope_base) for a in (one, two))
         heads.append(mix(one, two, v[..., part], allowed, cfg.head_width**-0.5))
     x = x + np.concatenate(heads, -1) @ p["attention_out"]["kernel"]
-    gate, up = np.split(rms(x, p["norm_mlp"]["scale"]) @ p["gate_up"]["kernel"], 2, axis=-1)
+    gate, up = (rms(x, p["norm_mlp"]["scale"]) @ p["gate_up"]["kernel"][:, i] for i in (0, 1))
     return x + (swish(gate) * up) @ p["down"]["kernel"]
 
 
@@ -103,11 +103,12 @@ def test_rms_norm():
 
 
 def test_linear_keeps_variance_and_type():
-    layer = Linear(512, 256, nnx.Rngs(params=0))
+    axes = (None, None)
+    layer = Linear(512, 256, nnx.Rngs(params=0), axes=axes)
     x = jax.random.normal(jax.random.key(1), (3, 40, 512))
     assert layer(x).shape == (3, 40, 256)
     assert 0.9 < float(layer(x).std()) < 1.1
-    assert 0.45 < float(Linear(512, 256, nnx.Rngs(params=0), gain=0.5)(x).std()) < 0.55
+    assert 0.45 < float(Linear(512, 256, nnx.Rngs(params=0), axes=axes, gain=0.5)(x).std()) < 0.55
     assert layer(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
     np.testing.assert_allclose(layer(x)[1], x[1] @ layer.kernel[...], atol=1e-4)
 

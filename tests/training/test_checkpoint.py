@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -103,18 +104,48 @@ def test_nothing_there_is_none(tmp_path, monkeypatch):
         restore_params("elsewhere")
 
 
-def test_save_when_due(tmp_path):
-    checkpoints = Checkpoints(tmp_path, every=10)
-    assert not checkpoints.save(9, make_state(9), META)
-    assert checkpoints.save(9, make_state(9), META, force=True)
+def test_a_step_is_saved_once_and_in_order(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.save(9, make_state(9), META)
     assert checkpoints.save(10, make_state(10), META)
-    assert not checkpoints.save(10, make_state(10), META, force=True)
+    assert not checkpoints.save(10, make_state(10), META)
     with pytest.raises(CheckpointError, match="checkpoint 5 not written.*newer one, 10"):
-        checkpoints.save(5, make_state(5), META, force=True)
+        checkpoints.save(5, make_state(5), META)
     with pytest.raises(CheckpointError, match="checkpoint 20 would hold the state of step 19"):
         checkpoints.save(20, make_state(19), META)
-    assert not checkpoints.preempted(11)
     checkpoints.close()
+
+
+DISK_FULL = """
+import resource, sys
+import jax, numpy as np
+sys.path.insert(0, {tests!r})
+from training.test_checkpoint import META, make_state
+from mmdiff.training.checkpoint import Checkpoints, SaveError
+
+checkpoints = Checkpoints({folder!r})
+checkpoints.save(1, make_state(1), META)
+checkpoints.wait()
+# no file may grow any more: what a full disk does to a writer, without a disk to fill
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+try:
+    checkpoints.save(2, make_state(2), META)
+    checkpoints.wait()
+    print("written")
+except SaveError as error:
+    print(error)
+"""
+
+
+def test_when_the_disk_is_full_the_checkpoint_before_stays_good_and_the_message_says_so(tmp_path):
+    folder = tmp_path / "checkpoints"
+    code = DISK_FULL.format(tests=str(Path(__file__).parents[1]), folder=str(folder))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert re.match(r".* could not be written to .*checkpoint 1 is whole, and the same command resumes from it", line), line
+    got, _ = open_and_read(folder, make_state(0))
+    assert_same(got, make_state(1))
 
 
 def test_donation_right_after_an_asynchronous_save(tmp_path):

@@ -14,13 +14,14 @@ from mmdiff.config import Config, ConfigError
 from mmdiff.document import DataError
 from mmdiff.layout import empty_row
 from mmdiff.models.transfusion import Network
-from mmdiff.training import guard, loop, step
+from mmdiff.training import guard, step
 from mmdiff.training import state as train_state
 from mmdiff.training.flops import training_flops
-from mmdiff.training.loop import check_workdir, train
+from mmdiff.training.loop import train
 from mmdiff.training.metrics import read_metrics
 from mmdiff.training.optimizer import make_optimizer
 from mmdiff.training.step import make_train_step
+from mmdiff.training.workdir import check_same, check_workdir
 
 
 def tiny_config(**training) -> Config:
@@ -111,7 +112,7 @@ def test_reporting_may_change_between_runs_but_nothing_else(finished):
 
 def test_changed_data_is_refused(finished, monkeypatch):
     with pytest.raises(DataError, match=r"the data has changed since the checkpoint \(one -> two\); use the data"):
-        loop._check_same({"vocabulary": "v", "data": "one"}, {"vocabulary": "v", "data": "two"}, Path("w"))
+        check_same({"vocabulary": "v", "data": "one"}, {"vocabulary": "v", "data": "two"}, Path("w"))
 
 
 def test_divergence_stops_the_run_and_keeps_the_last_good_parameters(tmp_path, monkeypatch):

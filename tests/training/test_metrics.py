@@ -118,11 +118,11 @@ def test_progress_reports_speed_and_time_left(stream):
     out = stream()
     progress = Progress(4000, 100, tokens_per_step=8192, stream=out, clock=lambda: next(times))
     progress.report(200, {"loss": np.float32(2.5)})
-    progress.report(300, {"loss": 1.25})
+    progress.report(300, {"loss": 1.25}, 0.1)
     progress.close()
     text = out.getvalue()
     assert "step 200/4000  loss 2.5  10 step/s  81.9k tokens/s  ETA 6:20" in text
-    assert "step 300/4000  loss 1.25  20 step/s  164k tokens/s  ETA 3:05" in text
+    assert "step 300/4000  loss 1.25  20 step/s  164k tokens/s  data wait 2.0%  ETA 3:05" in text
     assert text.count("\n") == (1 if stream is Terminal else 2)
     assert ("\r" in text) == (stream is Terminal)
 

@@ -148,6 +148,21 @@ def test_muon_orthogonalises_each_layer_and_leaves_the_rest_to_adam(params):
     assert raw[0] / raw[-1] > 3  # the gradient itself is far from orthogonal: the check can fail
 
 
+def test_matrices_side_by_side_are_orthogonalised_one_by_one():
+    params = {"blocks": {"qkv": {"kernel": jax.random.normal(jax.random.key(3), (2, 8, 3, 6))}}}
+    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(4), p.shape), params)
+    together = first_update(constant(name="muon"), params, grads)["blocks/qkv/kernel"]
+    for i in range(3):
+        part = lambda tree, i=i: jax.tree.map(lambda p: p[:, :, i], tree)
+        alone = first_update(constant(name="muon"), part(params), part(grads))["blocks/qkv/kernel"]
+        np.testing.assert_allclose(together[:, :, i], alone, rtol=1e-4, atol=1e-6)
+    # control: taken as one matrix [8, 18] it is another update
+    flat_one = first_update(
+        constant(name="muon"), *(jax.tree.map(lambda p: p.reshape(2, 8, 18), tree) for tree in (params, grads))
+    )["blocks/qkv/kernel"]
+    assert not np.allclose(flat_one.reshape(2, 8, 3, 6), together, rtol=0.1)
+
+
 def test_muon_layers_do_not_touch_each_other(params):
     grads = grads_like(params, 1)
     before = first_update(constant(name="muon"), params, grads)["blocks/in/kernel"]

@@ -1,0 +1,125 @@
+"""Two real processes: the same losses as one, the same decisions in both, and survival of signals."""
+
+import random
+import re
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from mmdiff.training.metrics import read_metrics
+
+from .conftest import EVERY, STEPS, checkpoints, losses
+
+
+def test_two_processes_train_as_one(whole, start, tmp_path):
+    codes, errors = start(tmp_path / "run", 1).wait()
+    assert codes == [0], errors
+    one, two = (np.asarray([r["loss"] for r in read_metrics(w)]) for w in (tmp_path / "run", whole))
+    assert len(two) == STEPS and len(set(two)) == STEPS
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+
+
+def test_killed_at_a_random_moment_and_resumed_by_two(whole, start, tmp_path):
+    workdir = tmp_path / "run"
+    after = kill_after_a_random_step(start, workdir)
+    codes, errors = start(workdir, 2).wait()
+    assert codes == [0, 0], (after, errors)
+    assert losses(workdir) == losses(whole), f"killed after {after} steps"
+
+
+def test_killed_and_resumed_by_one_process(whole, start, tmp_path):
+    """Another number of processes: another order of sums, so equal to 1e-5 and not to the bit."""
+    workdir = tmp_path / "run"
+    after = kill_after_a_random_step(start, workdir)
+    codes, errors = start(workdir, 1).wait()
+    assert codes == [0], (after, errors)
+    ours, theirs = (np.asarray([r["loss"] for r in read_metrics(w)]) for w in (workdir, whole))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def kill_after_a_random_step(start, workdir) -> int:
+    after = random.SystemRandom().randint(EVERY, STEPS - 2)  # truly random: every run of the tests tries another moment
+    group = start(workdir, 2)
+    wait_for_lines(workdir, after)
+    group.signal(signal.SIGKILL)
+    codes, errors = group.wait()
+    assert codes == [-signal.SIGKILL] * 2, errors
+    return after
+
+
+def wait_for_lines(workdir, count: int) -> None:
+    path, limit = workdir / "metrics.jsonl", time.monotonic() + 200
+    while time.monotonic() < limit and not (path.exists() and path.read_bytes().count(b"\n") >= count):
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_sigterm_to_one_process_stops_both_at_the_same_step(whole, start, tmp_path, told):
+    workdir = tmp_path / "run"
+    group = start(workdir, 2)
+    wait_for_lines(workdir, 2)
+    group.signal(signal.SIGTERM, told)
+    codes, errors = group.wait()
+    assert codes == [75, 75], errors
+    step = int(re.search(r"stopped by SIGTERM; step (\d+) is saved in ", errors[0])[1])
+    assert checkpoints(workdir)[-1] == step >= 2
+    codes, errors = start(workdir, 2).wait()
+    assert codes == [0, 0] and f"at step {step}\n" in errors[0]
+    assert losses(workdir) == losses(whole)
+
+
+@pytest.mark.parametrize(
+    ("event", "options", "step"),
+    [
+        ("term-in-evaluation", ("--training.validate_every", "3"), 3),
+        ("term-in-sampling", ("--training.sample_every", "3"), 3),
+        ("term-in-compilation", (), 0),
+    ],
+)
+def test_a_sigterm_is_heeded_everywhere(whole, start, tmp_path, event, options, step):
+    workdir = tmp_path / "run"
+    codes, errors = start(workdir, 2, *options, events={1: event}).wait()
+    assert codes == [75, 75], errors
+    assert f"stopped by SIGTERM; step {step} is saved in " in errors[0]
+    assert checkpoints(workdir) == [step]
+    codes, errors = start(workdir, 2).wait()
+    assert codes == [0, 0], errors
+    assert losses(workdir) == losses(whole)
+
+
+@pytest.mark.parametrize(
+    ("what", "how"),
+    [
+        ("configuration", {"each": {1: ["--optimizer.warmup", "3"]}}),
+        ("code", {"events": {1: "other-code"}}),
+    ],
+)
+def test_processes_that_differ_do_not_start(start, tmp_path, what, how):
+    codes, errors = start(tmp_path / "run", 2, **how).wait()
+    assert codes == [65, 65], errors
+    for error in errors:
+        assert re.search(rf"the processes of this run differ in {what}: \w+ in process 0; \w+ in process 1\.", error)
+        assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_hang_ends_with_the_stacks_of_all_threads(start, tmp_path):
+    codes, errors = start(tmp_path / "run", 1, "--training.watchdog", "0.2", events={0: "hang"}).wait()
+    assert codes == [1]
+    assert "Timeout" in errors[0] and "in never" in errors[0] and "_batches" in errors[0]
+
+
+def test_a_damaged_checkpoint_is_passed_over_by_both(whole, start, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    data = [p for p in (workdir / "checkpoints" / str(STEPS)).rglob("*") if p.is_file() and p.parent.name == "d"]
+    for path in data:
+        path.write_bytes(path.read_bytes()[:-100])
+    assert data
+    codes, errors = start(workdir, 2).wait()
+    assert codes == [0, 0], errors
+    assert re.search(rf"checkpoint {STEPS} is damaged \(.*\); using {STEPS - EVERY}\n", errors[0])
+    assert losses(workdir) == losses(whole)
