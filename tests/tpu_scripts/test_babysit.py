@@ -2,7 +2,7 @@
 
 import pytest
 
-from tpu_scripts.conftest import git
+from .conftest import git
 
 TRAIN = ["--", "mmdiff", "train", "a b.py", "--workdir", "gs://bucket/run"]
 MADE = ["ABSENT", "ACTIVE"]  # create.sh asks twice, and from then on the TPU stays

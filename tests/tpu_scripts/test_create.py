@@ -2,7 +2,7 @@
 
 import pytest
 
-from tpu_scripts.conftest import OWNER
+from .conftest import OWNER
 
 PLACE = ["--project=project", "--zone=zone"]
 NOUN = ["compute", "tpus", "queued-resources"]

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tpu_scripts.conftest import ROOT
+from .conftest import ROOT
 
 TRAIN = ["--", "mmdiff", "train", "a b.py", "--workdir", "/shared/it's"]
 TABLE = [

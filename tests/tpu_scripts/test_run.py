@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from tpu_scripts.conftest import Cloud, commit, git, make_repository
+from .conftest import Cloud, commit, git, make_repository
 
 TRAIN = ["--", "mmdiff", "train", "a b.py", "--workdir", "gs://bucket/run", "--note", 'it\'s "$HOME"  *; exit 9\nnew line']
 

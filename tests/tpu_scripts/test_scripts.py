@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from tpu_scripts.conftest import ROOT
+from .conftest import ROOT
 
 FOLDER = ROOT / "tpu_scripts"
 FILES = sorted(
