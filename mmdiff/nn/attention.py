@@ -9,6 +9,7 @@ Keys come in parts, one behind the other (a cache, then the row's own); the mask
 computed part by part and joined before the softmax, so no part is copied either.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -16,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from mmdiff.layout import IntervalMask
+from mmdiff.nn import attention_blockwise, attention_pallas
+from mmdiff.nn.attention_tiled import NEGATIVE, Passes, tiled_attention
 
-NEGATIVE = -1e30  # finite, so that a fully masked tile gives zeros and not NaN
-BLOCK = 256
 DENSE_LIMIT = 1024 * 1024  # queries times keys up to which `auto` takes the dense form
 
 
@@ -68,19 +69,35 @@ def attention(
     Args:
       q: [b, h, t, c]; parts: keys and values, s positions in all.
       mask: vectors [b, t] over the s positions.
-      impl: `dense` materialises the scores; `blockwise` needs O(t) memory; `auto` is dense up to DENSE_LIMIT scores.
+      impl: `dense` materialises the scores; `blockwise` needs O(t) memory and skips what the mask forbids; `pallas` does
+        the same in TPU kernels; `auto` is dense up to DENSE_LIMIT scores, then the kernels where the program is compiled
+        for a TPU (also ahead of time, on a machine without one) and blockwise elsewhere.
     Returns:
       [b, h, t, e]
+    Raises:
+      ValueError: `impl` is unknown, or cannot do this.
     """
     keys = sum(part.k.shape[2] for part in parts)
-    if impl == "auto":
-        impl = "dense" if q.shape[2] * keys <= DENSE_LIMIT else "blockwise"
-    if impl == "dense":
+    if impl == "dense" or (impl == "auto" and q.shape[2] * keys <= DENSE_LIMIT):
         return dense_attention(q, parts, mask, scale=scale)
-    if impl == "blockwise":
-        k, v = (jnp.concatenate(arrays, axis=2) for arrays in zip(*parts, strict=True))
-        return blockwise_attention(q, k, v, mask, scale=scale)
-    raise ValueError(f"unknown attention implementation {impl!r}; use 'auto', 'dense' or 'blockwise'.")
+    k, v = (arrays[0] if len(parts) == 1 else jnp.concatenate(arrays, axis=2) for arrays in zip(*parts, strict=True))
+    if impl == "blockwise" or (impl == "auto" and attention_pallas.unsupported(q, k, v)):
+        return attention_blockwise.blockwise_attention(q, k, v, mask, scale=scale)
+    if impl == "pallas":
+        return attention_pallas.pallas_attention(q, k, v, mask, scale=scale)
+    if impl == "auto":
+        block = attention_pallas.BLOCK  # a multiple of the other's
+        return tiled_attention(by_platform(), q, k, v, mask, scale=scale, block=(block, block))
+    raise ValueError(f"unknown attention implementation {impl!r}; use 'auto', 'dense', 'blockwise' or 'pallas'.")
+
+
+@functools.cache
+def by_platform() -> Passes:
+    """The kernels where the program is lowered for a TPU, else the plain form."""
+    kernels = attention_pallas.passes(attention_pallas.BLOCK, interpret=False)
+    plain = attention_blockwise.passes(attention_blockwise.BLOCK)
+    choose = lambda tpu, default: lambda *arrays: jax.lax.platform_dependent(*arrays, tpu=tpu, default=default)
+    return Passes(*map(choose, kernels, plain))
 
 
 def dense_attention(q, parts: Sequence[KeyValue], mask: IntervalMask, *, scale: float) -> jax.Array:
@@ -103,58 +120,3 @@ def dense_attention(q, parts: Sequence[KeyValue], mask: IntervalMask, *, scale: 
 def _scores(q, k) -> jax.Array:
     """float32 [b, h, t, s]."""
     return jnp.einsum("bhtc,bhsc->bhts", q, k, preferred_element_type=jnp.float32)
-
-
-def blockwise_attention(q, k, v, mask: IntervalMask, *, scale: float, block: int = BLOCK) -> jax.Array:
-    """The same result in O(t) memory: running softmax over key blocks, recomputed in the backward pass.
-
-    Source: Rabe and Staats, self-attention does not need O(n^2) memory, arXiv 2112.05682.
-    """
-    queries, keys = q.shape[2], k.shape[2]
-    q = _pad_axis(q * jnp.asarray(scale, q.dtype), block, 2)
-    k, v = _pad_axis(k, block, 2), _pad_axis(v, block, 2)
-    mask_blocks = IntervalMask(*(_blocks(_pad_axis(m, block, 1), block, 1) for m in mask))  # padding: empty intervals
-    k_blocks, v_blocks = _blocks(k, block, 2), _blocks(v, block, 2)
-    starts = jnp.arange(0, k.shape[2], block, dtype=jnp.int32)
-
-    @jax.checkpoint
-    def one_query_block(inputs):
-        q_block, mask_block = inputs
-
-        def step(carry, key_block):
-            best, total, mixed = carry
-            k_block, v_block, start = key_block
-            here = IntervalMask(*(m - start for m in mask_block)).dense(block)
-            allowed = (here & (start + jnp.arange(block) < keys))[:, None]
-            scores = jnp.where(allowed, _scores(q_block, k_block), NEGATIVE)
-            new_best = jnp.maximum(best, scores.max(axis=-1))
-            weights = jnp.where(allowed, jnp.exp(scores - new_best[..., None]), 0.0)
-            shrink = jnp.exp(best - new_best)
-            total = total * shrink + weights.sum(axis=-1)
-            part = jnp.einsum("bhts,bhse->bhte", weights.astype(v.dtype), v_block, preferred_element_type=jnp.float32)
-            return (new_best, total, mixed * shrink[..., None] + part), None
-
-        rows, heads = q.shape[:2]
-        carry = (
-            jnp.full((rows, heads, block), NEGATIVE, jnp.float32),
-            jnp.zeros((rows, heads, block), jnp.float32),
-            jnp.zeros((rows, heads, block, v.shape[-1]), jnp.float32),
-        )
-        (_, total, mixed), _ = jax.lax.scan(jax.checkpoint(step), carry, (k_blocks, v_blocks, starts))
-        return (mixed / jnp.maximum(total, 1e-30)[..., None]).astype(v.dtype)
-
-    out = jax.lax.map(one_query_block, (_blocks(q, block, 2), mask_blocks))  # [blocks, b, h, block, e]
-    out = jnp.moveaxis(out, 0, 2)
-    return out.reshape(*out.shape[:2], -1, out.shape[-1])[:, :, :queries]
-
-
-def _pad_axis(x, block: int, axis: int):
-    pad = [(0, 0)] * x.ndim
-    pad[axis] = (0, -x.shape[axis] % block)
-    return jnp.pad(x, pad)
-
-
-def _blocks(x, block: int, axis: int):
-    """Cut an axis into blocks and move their number to the front."""
-    cut = x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
-    return jnp.moveaxis(cut, axis, 0)

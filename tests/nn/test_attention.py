@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmdiff.layout import IntervalMask
-from mmdiff.nn.attention import Growing, KeyValue, attention, blockwise_attention, dense_attention, join, squeezed
+from mmdiff.nn.attention import Growing, KeyValue, attention, dense_attention, join, squeezed
+from mmdiff.nn.attention_blockwise import blockwise_attention
 
 T, B, C, E = 13, 2, 8, 6  # not a multiple of the block
 BLOCK = 4
@@ -149,17 +150,31 @@ def test_a_growing_context_is_a_cache_and_the_tokens_written_since(heads):
     assert together.k.shape[2] == cached + room and not np.any(together.k[:, :, cached + 3 :])
 
 
-def test_long_rows_take_the_blockwise_form_and_unknown_names_are_refused():
-    rng = np.random.default_rng(5)
-    q, k, v = random_inputs(rng, 1)
-    mask = random_mask(rng, T, T)
-    either = lambda mask: lambda q, k, v: attention(q, [KeyValue(k, v)], mask, scale=SCALE)
-    assert "scan" not in str(jax.make_jaxpr(either(mask))(q, k, v))
-    long = [jax.ShapeDtypeStruct((1, 1, 1100, width), jnp.float32) for width in (C, C, E)]
-    ones = IntervalMask(*[jnp.ones((1, 1100), jnp.int32)] * 4)
-    assert "scan" in str(jax.make_jaxpr(either(ones))(*long))
-    with pytest.raises(ValueError, match=r"'splash'.*'dense' or 'blockwise'"):
-        attention(q, [KeyValue(k, v)], mask, scale=SCALE, impl="splash")
+def traced(length: int, dtype=jnp.float32, impl="auto", values: int = E) -> str:
+    """The program of attention over `length` positions."""
+    q, k, v = (jax.ShapeDtypeStruct((1, 1, length, width), dtype) for width in (C, C, values))
+    mask = IntervalMask(*[jax.ShapeDtypeStruct((1, length), jnp.int32)] * 4)
+    return str(
+        jax.make_jaxpr(lambda q, k, v, mask: attention(q, [KeyValue(k, v)], mask, scale=SCALE, impl=impl))(q, k, v, mask)
+    )
+
+
+def test_long_rows_take_the_tiled_forms():
+    assert "while" not in traced(1024) and "pallas" not in traced(1024)
+    either = traced(1100)  # chosen when the program is lowered, so that a TPU's is right on any machine
+    assert "while" in either and "pallas" in either
+    assert "pallas" not in traced(1100, jnp.float16) and "while" in traced(1100, jnp.float16)  # what the kernels refuse
+
+
+def test_an_implementation_that_cannot_do_it_says_why():
+    with pytest.raises(ValueError, match=r"'splash'.*'dense', 'blockwise' or 'pallas'"):
+        traced(T, impl="splash")
+    with pytest.raises(ValueError, match=r"'pallas' takes float32 or bfloat16 throughout, not float16"):
+        traced(T, jnp.float16, impl="pallas")
+    with pytest.raises(ValueError, match=r"'pallas' takes at most 1024 values in a head or a multiple of 128, not 1100"):
+        traced(T, impl="pallas", values=1100)
+    with pytest.raises(ValueError, match=r"'pallas' cannot hold 1 lists of 66049 visits"):
+        traced(257 * 512, impl="pallas")
 
 
 @pytest.mark.parametrize("function", [dense, blockwise])
