@@ -305,7 +305,9 @@ class Mesh:
         for name, size in sizes.items():
             _require(size >= 1 or size == -1, f"mesh.{name}={size} must be at least 1, or -1 for all devices that remain.")
         open_ = [f"mesh.{name}" for name, size in sizes.items() if size == -1]
-        _require(len(open_) <= 1, f"{' and '.join(open_)} are both -1: only one can take the devices that remain. Set the other.")
+        _require(
+            len(open_) <= 1, f"{' and '.join(open_)} are both -1: only one can take the devices that remain. Set the other."
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from mmdiff import config
 from mmdiff.layout import IntervalMask
 from mmdiff.models.patches import RawPatches
 from mmdiff.nn.attention import Growing, KeyValue
+from mmdiff.nn.attention_tiled import SAVED
 from mmdiff.nn.gau import GatedAttentionUnit
 from mmdiff.nn.layers import GATHERED, Linear, RMSNorm, gather, parameter
 from mmdiff.nn.rope import rotation
@@ -44,7 +45,7 @@ def _all_but_gathered(primitive, *_, **params) -> bool:
 KEPT = {  # what the backward pass finds instead of recomputing it, by model.remat
     "none": _all_but_gathered,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

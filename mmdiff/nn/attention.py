@@ -10,7 +10,7 @@ computed part by part and joined before the softmax, so no part is copied either
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from mmdiff.layout import IntervalMask
 from mmdiff.nn import attention_blockwise, attention_pallas
 from mmdiff.nn.attention_tiled import NEGATIVE, Passes, tiled_attention
+from mmdiff.parallel.sharding import NOWHERE, Placement
 
 DENSE_LIMIT = 1024 * 1024  # queries times keys up to which `auto` takes the dense form
 
@@ -63,6 +64,7 @@ def attention(
     *,
     scale: float,
     impl: Literal["auto", "dense", "blockwise", "pallas"] = "auto",
+    place: Placement = NOWHERE,
 ) -> jax.Array:
     """Attend under `mask`.
 
@@ -72,6 +74,7 @@ def attention(
       impl: `dense` materialises the scores; `blockwise` needs O(t) memory and skips what the mask forbids; `pallas` does
         the same in TPU kernels; `auto` is dense up to DENSE_LIMIT scores, then the kernels where the program is compiled
         for a TPU (also ahead of time, on a machine without one) and blockwise elsewhere.
+      place: the mesh, if rows, heads or values are split over one.
     Returns:
       [b, h, t, e]
     Raises:
@@ -82,13 +85,30 @@ def attention(
         return dense_attention(q, parts, mask, scale=scale)
     k, v = (arrays[0] if len(parts) == 1 else jnp.concatenate(arrays, axis=2) for arrays in zip(*parts, strict=True))
     if impl == "blockwise" or (impl == "auto" and attention_pallas.unsupported(q, k, v)):
-        return attention_blockwise.blockwise_attention(q, k, v, mask, scale=scale)
-    if impl == "pallas":
-        return attention_pallas.pallas_attention(q, k, v, mask, scale=scale)
-    if impl == "auto":
+        tiled = functools.partial(attention_blockwise.blockwise_attention, scale=scale)
+    elif impl == "pallas":
+        tiled = functools.partial(attention_pallas.pallas_attention, scale=scale)
+    elif impl == "auto":
         block = attention_pallas.BLOCK  # a multiple of the other's
-        return tiled_attention(by_platform(), q, k, v, mask, scale=scale, block=(block, block))
-    raise ValueError(f"unknown attention implementation {impl!r}; use 'auto', 'dense', 'blockwise' or 'pallas'.")
+        tiled = functools.partial(tiled_attention, by_platform(), scale=scale, block=(block, block))
+    else:
+        raise ValueError(f"unknown attention implementation {impl!r}; use 'auto', 'dense', 'blockwise' or 'pallas'.")
+    return on_each_device(tiled, q, k, v, mask, place)
+
+
+def on_each_device(tiled: Callable[..., jax.Array], q, k, v, mask: IntervalMask, place: Placement) -> jax.Array:
+    """`tiled(q, k, v, mask)`, each device with its own rows, and heads or (of one wide head) slice of the values.
+
+    XLA cannot cut kernels by itself, and loops over rows of different devices would wait for each other. The gradients
+    of q and k are linear in the slices of v, so that their sum over devices, which shard_map takes, is exact.
+    """
+    if not place.split:
+        return tiled(q, k, v, mask)
+    spec = lambda x: place.spec(x.shape, ("rows", "heads", None, None))
+    values = place.spec(v.shape, ("rows", None, None, "expansion")) if v.shape[1] == 1 else spec(v)
+    by_row = place.spec(mask.context_start.shape, ("rows", None))
+    specs = (spec(q), spec(k), values, IntervalMask(by_row, by_row, by_row, by_row))
+    return jax.shard_map(tiled, mesh=place.mesh, in_specs=specs, out_specs=values, check_vma=False)(q, k, v, mask)
 
 
 @functools.cache

@@ -45,5 +45,5 @@ class GatedAttentionUnit(nnx.Module):
             q, k = self.norm_q(q), self.norm_k(k)
         q, k = rotate(q[:, None], angles), rotate(k[:, None], angles)
         keys, kept = join(context, KeyValue(k, v[:, None]))
-        mixed = attention(q, keys, mask, scale=self.key_width**-0.5, impl=self.impl)
+        mixed = attention(q, keys, mask, scale=self.key_width**-0.5, impl=self.impl, place=self.place)
         return x + self.out(u * mixed[:, 0]), kept

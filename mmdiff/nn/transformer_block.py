@@ -41,7 +41,7 @@ class TransformerBlock(nnx.Module):
         if self.qk_norm:
             q, k = self.norm_q(q), self.norm_k(k)
         keys, kept = join(context, KeyValue(rotate(k, angles), v))
-        mixed = attention(rotate(q, angles), keys, mask, scale=self.head_width**-0.5, impl=self.impl)
+        mixed = attention(rotate(q, angles), keys, mask, scale=self.head_width**-0.5, impl=self.impl, place=self.place)
         x = x + self.attention_out(mixed.swapaxes(1, 2).reshape(rows, length, width))
         gated = self.place(swiglu(self.gate_up(self.norm_mlp(x))), "rows", None, "expansion")
         return x + self.down(gated), kept
