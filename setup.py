@@ -36,10 +36,11 @@ setup(
     ],
     extras_require={
         "cuda": ["jax[cuda12]>=0.10"],
-        "plan": ["libtpu>=0.0.40"],
+        "plan": ["jax[tpu]>=0.10"],  # libtpu, whose compiler needs no TPU, of the version that fits jaxlib
         "tpu": ["jax[tpu]>=0.10"],
         "tensorboard": ["tensorboardX>=2.6"],
         "dev": [
+            "jax[tpu]>=0.10",  # ahead-of-time compilation for TPUs is tested
             "hypothesis>=6.100",
             "mypy>=1.15",
             "pytest>=8.0",

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from mmdiff import config
 from mmdiff.layout import IntervalMask
@@ -32,7 +32,7 @@ from mmdiff.nn.transformer_block import TransformerBlock
 from mmdiff.parallel.sharding import NOWHERE, Axes, Placement
 
 UNROLL_LIMIT = 24  # layers; above it compile time matters more than a faster step
-LOGITS_LIMIT = 2**24  # logits of one row that training holds at a time; longer rows are worked through in pieces
+LOGITS_LIMIT = 2**24  # logits of one row that a device holds at a time; longer rows are worked through in pieces
 VOCABULARY_MULTIPLE = 8  # the head is widened to it, so that it divides over the devices
 NEVER = -1e30
 
@@ -109,13 +109,14 @@ class Transfusion(nnx.Module):
 
     def text_logits(self, hidden: jax.Array) -> jax.Array:
         """[..., d] to float32 [..., v]."""
-        return self._head(hidden)[..., : self.vocabulary_size]
+        return _logits(self.norm(hidden), self._head())[..., : self.vocabulary_size]
 
-    def _head(self, hidden: jax.Array) -> jax.Array:
-        hidden = self.norm(hidden).astype(jnp.float32)
-        if not self.cfg.tie_embeddings:
-            return self.text_out(hidden)
-        return hidden @ gather(self.text_embedding, jnp.float32, self.place).T
+    def _head(self) -> jax.Array:
+        """The kernel of the language head, in the compute type: [d, v rounded up]."""
+        dtype = compute_type(self.cfg, self.place)
+        if self.cfg.tie_embeddings:
+            return gather(self.text_embedding, dtype, self.place).T
+        return gather(self.text_out.kernel, dtype, self.place)
 
     def text_nats(self, hidden: jax.Array, targets: jax.Array) -> jax.Array:
         """-log probability of `targets` int [b, t] under the hidden states [b, t, d] at the same places, float32 [b, t].
@@ -123,26 +124,14 @@ class Transfusion(nnx.Module):
         No device ever holds all logits: the vocabulary is split over `tensor`, and long rows are worked through in
         pieces whose logits the backward pass makes again.
         """
-
-        def piece(args):
-            hidden, targets = args
-            logits = self.place(self._head(hidden), "rows", None, "vocabulary")
-            ids = jnp.arange(logits.shape[-1])
-            if len(ids) > self.vocabulary_size:
-                logits = jnp.where(ids < self.vocabulary_size, logits, NEVER)
-            # a sum, not a look-up: it stays on the devices that hold the vocabulary's parts
-            own = jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1)
-            return jax.nn.logsumexp(logits, axis=-1) - own
-
-        length = hidden.shape[1]
-        pieces = next(n for n in range(1, length + 1) if length % n == 0 and length // n * self.vocabulary_size <= LOGITS_LIMIT)
-        if pieces == 1:
-            return piece((hidden, targets))
-        cut = lambda a: self.place(
-            a.reshape(len(a), pieces, -1, *a.shape[2:]).swapaxes(0, 1), None, "rows", *[None] * (a.ndim - 1)
-        )
-        nats = jax.lax.map(jax.checkpoint(piece), (cut(hidden), cut(targets)))
-        return nats.swapaxes(0, 1).reshape(targets.shape)
+        place, kernel = self.place, self._head()
+        by_row = place.spec(targets.shape, ("rows", None))
+        columns = place.spec(kernel.shape, (None, "vocabulary"))
+        nats = functools.partial(_nats, vocabulary_size=self.vocabulary_size, split=columns[1] if place.split else None)
+        if place.split:  # left to XLA, the kernel's gradient would be added up over devices once per piece
+            specs = (PartitionSpec(*by_row, None), columns, by_row)
+            nats = jax.shard_map(nats, mesh=place.mesh, in_specs=specs, out_specs=by_row, check_vma=False)
+        return nats(self.norm(hidden), kernel, targets)
 
     def hidden(self, tokens, is_patch, z, u, place, position, mask: IntervalMask) -> jax.Array:
         """A whole row without cache: final hidden states [b, t, d]."""
@@ -152,6 +141,34 @@ class Transfusion(nnx.Module):
         """Text logits float32 [b, t, v] and patch predictions float32 [b, t, p]; arguments as of `hidden`."""
         hidden = self.hidden(*row)
         return self.text_logits(hidden), self.image.predict(hidden)
+
+
+def _logits(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def _nats(hidden, kernel, targets, *, vocabulary_size: int, split: str | None) -> jax.Array:
+    """float32 [b, t]; `kernel` [d, v'] is this device's part of the vocabulary if it is split over the mesh axis `split`."""
+    first = jax.lax.axis_index(split) * kernel.shape[1] if split else 0
+    ids = first + jnp.arange(kernel.shape[1])
+    everywhere = lambda reduce, x: reduce(x, split) if split else x
+
+    @jax.checkpoint
+    def piece(args):
+        hidden, targets = args
+        logits = jnp.where(ids < vocabulary_size, _logits(hidden, kernel), NEVER)
+        best = everywhere(jax.lax.pmax, jax.lax.stop_gradient(logits.max(axis=-1)))
+        total = everywhere(jax.lax.psum, jnp.exp(logits - best[..., None]).sum(axis=-1))
+        # a sum, not a look-up: it stays on the device that holds the word
+        own = everywhere(jax.lax.psum, jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1))
+        return jnp.log(total) + best - own
+
+    length = hidden.shape[1]
+    pieces = next(n for n in range(1, length + 1) if length % n == 0 and length // n * kernel.shape[1] <= LOGITS_LIMIT)
+    if pieces == 1:
+        return piece((hidden, targets))
+    cut = lambda a: a.reshape(len(a), pieces, -1, *a.shape[2:]).swapaxes(0, 1)
+    return jax.lax.map(piece, (cut(hidden), cut(targets))).swapaxes(0, 1).reshape(targets.shape)
 
 
 def compute_type(cfg: config.Model, place: Placement):

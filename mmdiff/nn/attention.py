@@ -84,16 +84,22 @@ def attention(
     if impl == "dense" or (impl == "auto" and q.shape[2] * keys <= DENSE_LIMIT):
         return dense_attention(q, parts, mask, scale=scale)
     k, v = (arrays[0] if len(parts) == 1 else jnp.concatenate(arrays, axis=2) for arrays in zip(*parts, strict=True))
-    if impl == "blockwise" or (impl == "auto" and attention_pallas.unsupported(q, k, v)):
-        tiled = functools.partial(attention_blockwise.blockwise_attention, scale=scale)
-    elif impl == "pallas":
-        tiled = functools.partial(attention_pallas.pallas_attention, scale=scale)
-    elif impl == "auto":
-        block = attention_pallas.BLOCK  # a multiple of the other's
-        tiled = functools.partial(tiled_attention, by_platform(), scale=scale, block=(block, block))
-    else:
+    tiled = {
+        "auto": automatic,
+        "blockwise": attention_blockwise.blockwise_attention,
+        "pallas": attention_pallas.pallas_attention,
+    }
+    if impl not in tiled:
         raise ValueError(f"unknown attention implementation {impl!r}; use 'auto', 'dense', 'blockwise' or 'pallas'.")
-    return on_each_device(tiled, q, k, v, mask, place)
+    return on_each_device(functools.partial(tiled[impl], scale=scale), q, k, v, mask, place)
+
+
+def automatic(q, k, v, mask: IntervalMask, *, scale: float) -> jax.Array:
+    """The kernels where the program is compiled for a TPU and they can take these arrays, else blockwise."""
+    if attention_pallas.unsupported(q, k, v):
+        return attention_blockwise.blockwise_attention(q, k, v, mask, scale=scale)
+    block = attention_pallas.BLOCK  # a multiple of the other's
+    return tiled_attention(by_platform(), q, k, v, mask, scale=scale, block=(block, block))
 
 
 def on_each_device(tiled: Callable[..., jax.Array], q, k, v, mask: IntervalMask, place: Placement) -> jax.Array:

@@ -1,7 +1,8 @@
 """Small layers: linear, RMSNorm, SwiGLU. Parameters are float32; the compute type is the type of the input.
 
 Every parameter is made by `parameter`, which writes down how its axes are called; mmdiff/parallel/sharding.py says what
-that means for a mesh. A layer gathers its parameters in the compute type, half the traffic of gathering them in float32.
+that means for a mesh. A layer gathers its parameters, and adds up their gradients over devices, in the compute type: half
+the traffic of float32.
 """
 
 import jax
@@ -23,7 +24,9 @@ def gather(parameter: nnx.Param, dtype, place: Placement) -> jax.Array:
     value = parameter[...].astype(dtype)
     if not place.split:
         return value
-    return checkpoint_name(place.gathered(value, parameter.get_metadata()["axes"]), GATHERED)
+    axes = parameter.get_metadata()["axes"]
+    # the first constraint is for the way back: right after the sum over devices each keeps its part of the gradient
+    return checkpoint_name(place.gathered(place(value, *axes), axes), GATHERED)
 
 
 class Linear(nnx.Module):

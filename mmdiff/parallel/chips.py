@@ -49,7 +49,5 @@ def chips(devices: Sequence[jax.Device]) -> float:
 
 def _cores(devices: Sequence[jax.Device]) -> int:
     """Devices per chip: those that share their coordinates."""
-    coords = getattr(devices[0], "coords", None)
-    if coords is None:
-        return 1
-    return sum(1 for device in devices if device.coords == coords and device.slice_index == devices[0].slice_index)
+    where = [(getattr(device, "coords", None), getattr(device, "slice_index", 0)) for device in devices]
+    return 1 if where[0][0] is None else where.count(where[0])

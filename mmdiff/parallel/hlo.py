@@ -1,7 +1,9 @@
 """What a compiled program sends between devices, read from its text (HLO), loops multiplied out.
 
 XLA's own cost analysis counts the body of a loop once. Here every computation is visited from the entry, and what it
-contains counts as often as it runs: a `while` by its known trip count, a conditional as its most expensive branch.
+contains counts as often as it runs: a `while` by its known trip count, or by the constant its condition compares with
+(scans count up from 0); a conditional as all of its branches. What carries the same channel is one collective, which XLA
+may have spread over several fusions.
 
 The bytes of a collective are those of the whole array it concerns, on one device: the gathered result, what is to be
 scattered, what is to be reduced. On a ring of n devices, one of them sends
@@ -42,19 +44,24 @@ def traffic(text: str) -> Traffic:
     computations, entry = parse(text)
     payload: dict[str, float] = collections.defaultdict(float)
     state = {"sent": 0.0, "unknown": 0}
+    seen: set[str] = set()
 
     def visit(name: str, times: float) -> None:
         for instruction in computations.get(name, ()):
             kind = instruction.opcode.removesuffix("-start")
             if kind in KINDS:
+                channel = re.search(r"channel_id=(\d+)", instruction.rest)
+                if channel and channel[1] in seen:
+                    continue
+                seen.add(channel[1] if channel else "")
                 size, group = _whole(instruction, kind), group_size(instruction.rest)
                 payload[kind] += times * size
                 state["sent"] += times * size * _factor(kind, group)
             elif instruction.opcode == "while":
-                trips = _TRIPS.search(instruction.rest)
+                trips = trip_count(instruction.rest, computations)
                 state["unknown"] += trips is None
                 for called in _CALLED.findall(instruction.rest):
-                    visit(called, times * (int(trips[1]) if trips else 1))
+                    visit(called, times * (trips or 1))
             elif not instruction.opcode.endswith(("-done", "-update")):
                 branches = _BRANCHES.search(instruction.rest)
                 names = branches[1].replace("%", "").replace(" ", "").split(",") if branches else []
@@ -63,6 +70,20 @@ def traffic(text: str) -> Traffic:
 
     visit(entry, 1.0)
     return Traffic(dict(payload), state["sent"], int(state["unknown"]))
+
+
+def trip_count(rest: str, computations: dict[str, list[Instruction]]) -> int | None:
+    """How often the `while` with these attributes runs; None if its text does not tell."""
+    known = _TRIPS.search(rest)
+    if known:
+        return int(known[1])
+    name = re.search(r"condition=%?([\w.\-]+)", rest)
+    condition = computations.get(name[1], []) if name else []
+    constants = [i for i in condition if i.opcode == "constant" and i.result.startswith("s32[]")]
+    compares = [i for i in condition if i.opcode == "compare" and "direction=LT" in i.rest]
+    if len(constants) != 1 or len(compares) != 1:
+        return None
+    return int(constants[0].rest.split(")")[0])
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
@@ -121,6 +142,10 @@ def _operands(arrays: list[float]) -> list[float]:
 
 def group_size(rest: str) -> int:
     """Devices that take part together, from `replica_groups`."""
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest)
+    if named:
+        axes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        return math.prod(int(axes[name]) for name in re.findall(r"'(\w+)'", named[2]))
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", rest)
     if iota:
         return int(iota[2])

@@ -11,6 +11,7 @@ any number of devices. Roofline, a lower bound on the time of a step with everyt
 """
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -37,7 +38,7 @@ from mmdiff.sampling.image import Canvas, Guidance, draw
 from mmdiff.training import flops
 from mmdiff.training import state as train_state
 from mmdiff.training.optimizer import make_optimizer
-from mmdiff.training.step import compile_train_step, make_train_step
+from mmdiff.training.step import compile_train_step, loss_sums, make_train_step
 
 
 def topology_devices(name: str) -> list[jax.Device]:
@@ -168,13 +169,15 @@ def _compiled(compile_) -> dict[str, Any]:
     try:
         program = compile_()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
+        # two wordings, of different versions
+        used = re.search(r"Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds available HBM", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or used is None:
             raise
-        unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+        size, letter = (part for part in used.groups() if part)
+        unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[letter]
         return {
             "compile_seconds": time.monotonic() - begin,
-            "peak_hbm_bytes": float(used[1]) * unit[used[2]],
+            "peak_hbm_bytes": float(size) * unit,
             "compiler_refused": True,
         }
     memory, sent = program.memory_analysis(), traffic(program.as_text())
@@ -202,26 +205,21 @@ def _fits(report: dict[str, Any]) -> bool | None:
 
 
 def _operations(cfg: config.Config, vocabulary_size: int) -> dict[str, float]:
-    """Counted on whole arrays, with attention in its dense form: kernels hide what they compute."""
-    dense = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention="dense"))
-    plain = dataclasses.replace(
-        dense,
-        model=dataclasses.replace(dense.model, remat="none"),
-        training=dataclasses.replace(cfg.training, accumulate=1),
-    )
+    """Counted on whole arrays, with attention in its dense form: kernels hide what they compute.
 
-    def counted(cfg: config.Config) -> float:
-        network = Network(cfg.model, vocabulary_size)
-        step = make_train_step(network, cfg, _tx(cfg))
-        state = jax.eval_shape(lambda: train_state.create(network.init(jax.random.key(0)), _tx(cfg), 0))
-        row = empty_row(cfg.layout.row_length, 3 * cfg.model.patch**2)
-        rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((cfg.training.batch_size, *a.shape), a.dtype), row)
-        return flops.counted_flops(step, state, rows)
-
+    The model's own operations are three times those of its forward pass; executed are those of the whole step.
+    """
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention="dense"))
+    network = Network(cfg.model, vocabulary_size)
+    state = jax.eval_shape(lambda: train_state.create(network.init(jax.random.key(0)), _tx(cfg), 0))
+    row = empty_row(cfg.layout.row_length, 3 * cfg.model.patch**2)
+    rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((cfg.training.batch_size, *a.shape), a.dtype), row)
+    time, noise = (jax.ShapeDtypeStruct(getattr(rows, name).shape, jnp.float32) for name in ("tokens", "patches"))
+    forward = functools.partial(loss_sums, network, cfg.diffusion)
     return {
-        "flops_per_step": counted(plain),
+        "flops_per_step": 3 * flops.counted_flops(forward, state.params, rows, time, noise),
         "flops_per_step_by_hand": flops.training_flops(cfg, vocabulary_size),
-        "executed_flops_per_step": counted(dense),
+        "executed_flops_per_step": flops.counted_flops(make_train_step(network, cfg, _tx(cfg)), state, rows),
         "tokens_per_step": cfg.training.batch_size * cfg.layout.row_length,
     }
 
