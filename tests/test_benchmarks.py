@@ -20,6 +20,21 @@ import vs_transfusion_pytorch as versus  # noqa: E402
 
 from mmdiff import Document, Image  # noqa: E402
 
+
+@pytest.mark.parametrize(
+    ("script", "options", "keys"),
+    [
+        ("input_rate.py", ("--images", "24", "--steps", "4"), {"decode", "prefetch", "cores"}),
+        ("attention_memory.py", ("--lengths", "256"), None),
+    ],
+)
+def test_scripts_of_one_command_print_one_json_object(script, options, keys):
+    done = subprocess.run([sys.executable, FOLDER / script, *options, "--json"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert keys is None or keys <= set(report)
+
+
 FAKE_WORKER = """
 import sys, time
 from common import serve, timing_handlers

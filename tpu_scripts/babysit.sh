@@ -25,7 +25,7 @@ watches a job that is still running.
 
 settings: as create.sh; BACKOFF_SECONDS (30), GRACE_SECONDS (300: for hosts that run on after another has failed)
 
-example: tpu_scripts/babysit.sh --spot -- mmdiff train experiments/quickstart.py --workdir gs://my-bucket/runs/one'
+example: tpu_scripts/babysit.sh --spot -- mmdiff train experiments/quickstart.py --workdir /mnt/runs/one'
 # shellcheck source=SCRIPTDIR/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -43,7 +43,7 @@ while (($#)); do
   esac
   shift
 done
-(($# > 1)) || die "give the command after --, for example: babysit.sh --spot -- mmdiff train E.py --workdir gs://..." 2
+(($# > 1)) || die "give the command after --, for example: babysit.sh --spot -- mmdiff train E.py --workdir /mnt/runs/one" 2
 shift
 [[ $limit =~ ^[1-9][0-9]*$ && $minutes =~ ^[1-9][0-9]*$ ]] || die "--crashes and --within want whole numbers above 0" 2
 # shellcheck source=SCRIPTDIR/env.sh
@@ -58,8 +58,8 @@ for ((i = 1; i <= $#; i++)); do
   esac
 done
 case $workdir in
-  gs://* | /*) ;;
-  *) die "--workdir '$workdir' would be lost with the TPU: give gs://..., or an absolute path on a shared disk" 2 ;;
+  /*) ;;
+  *) die "--workdir '$workdir' would be lost with the TPU: give an absolute path on storage that all hosts mount" 2 ;;
 esac
 commit=$(git -C "$HERE" rev-parse HEAD)
 [[ -z $(git -C "$HERE" status --porcelain) ]] || say "the working tree has changes: they are not sent, only commit $commit is"

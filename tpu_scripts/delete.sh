@@ -4,8 +4,8 @@ set -euo pipefail
 
 HELP='usage: delete.sh --yes [--dry-run]
 
-Deletes the queued resource TPU_NAME with its machines and their disks: logs and everything that was not written to gs://
-or to a shared disk is lost. This ends the costs of the TPU.
+Deletes the queued resource TPU_NAME with its machines and their disks: logs and all that was not written to storage
+elsewhere is lost. This ends the costs of the TPU.
 
   --yes       without it nothing is deleted
   --dry-run   print the command, do not run it

@@ -7,11 +7,11 @@ HELP='usage: profile.sh --steps FIRST:LAST [--xla SET] [--dry-run] -- mmdiff tra
 
 The first form is run.sh with --profile FIRST:LAST: the trainer writes a trace of these steps into DIR/profile and goes on.
 Choose steps well after the first, which compiles, and a new workdir: a run that resumes beyond them traces nothing.
-The second form copies the trace here, from gs:// or else from host 0. To look at it: pip install xprof, xprof --logdir FOLDER
+The second form copies the trace here, from host 0. To look at it: pip install xprof, xprof --logdir FOLDER
 
   --dry-run   print the commands, run none of them
 
-example: tpu_scripts/profile.sh --steps 20:25 -- mmdiff train experiments/quickstart.py --workdir gs://my-bucket/runs/trace'
+example: tpu_scripts/profile.sh --steps 20:25 -- mmdiff train experiments/quickstart.py --workdir /mnt/runs/trace'
 # shellcheck source=SCRIPTDIR/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -34,7 +34,6 @@ if [[ -n $folder ]]; then
   [[ -n $workdir ]] || die "--fetch needs the --workdir of the run" 2
   run mkdir -p "$folder"
   case $workdir in
-    gs://*) run gcloud storage cp --recursive "$workdir/profile" "$folder" ;;
     /*) run "${SCP[@]}" --recurse "$TPU_NAME:$workdir/profile" "$folder" --worker=0 ;;
     *) run "${SCP[@]}" --recurse "$TPU_NAME:mmdiff/$workdir/profile" "$folder" --worker=0 ;;
   esac

@@ -11,7 +11,7 @@ the command has ended, its exit code: see status.sh and logs.sh. One command at 
   --dry-run    print the command, do not run it
 
 examples:
-  tpu_scripts/run.sh -- mmdiff train experiments/quickstart.py --workdir gs://my-bucket/runs/one
+  tpu_scripts/run.sh -- mmdiff train experiments/quickstart.py --workdir /mnt/runs/one
   tpu_scripts/run.sh -- python tpu_scripts/pod_check.py'
 # shellcheck source=SCRIPTDIR/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -25,7 +25,7 @@ while (($#)); do
   esac
   shift
 done
-(($# > 1)) || die "give the command after --, for example: run.sh -- mmdiff train EXPERIMENT.py --workdir gs://..." 2
+(($# > 1)) || die "give the command after --, for example: run.sh -- mmdiff train EXPERIMENT.py --workdir /mnt/runs/one" 2
 shift
 # shellcheck source=SCRIPTDIR/env.sh
 source "$HERE/env.sh"

@@ -7,7 +7,7 @@ HELP='usage: xpk_launch.sh --image IMAGE [CAPACITY] [--slices N] [--restarts N] 
 
 Starts the workload TPU_NAME on TPU_TYPE in the cluster GKE_CLUSTER. GKE restarts it after a preemption (75), a crash (1) or a
 signal (127 to 255), at most --restarts times; 2, 65 and 70 end it. COMMAND stays the same, so every restart resumes: its
---workdir must be gs://... or a shared disk.
+--workdir must be on storage that all hosts mount.
 
   --image IMAGE    a Docker image with the project in it, see Dockerfile
   CAPACITY         --spot, --flex, --reservation NAME or --on-demand, for clusters that make nodes when they are needed
@@ -21,7 +21,7 @@ signal (127 to 255), at most --restarts times; 2, 65 and 70 end it. COMMAND stay
 settings: TPU_PROJECT, TPU_ZONE, TPU_NAME, TPU_TYPE (see env.sh), GKE_CLUSTER
 
 example: TPU_TYPE=tpu7x-2x2x2 tpu_scripts/xpk_launch.sh --image gcr.io/my-project/mmdiff:1 --spot --xla overlap \
-           -- mmdiff train experiments/quickstart.py --workdir gs://my-bucket/runs/one'
+           -- mmdiff train experiments/quickstart.py --workdir /mnt/runs/one'
 # shellcheck source=SCRIPTDIR/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

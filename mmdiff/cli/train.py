@@ -48,6 +48,8 @@ def main(argv: list[str]) -> int:
     strict = "--strict" in rest
     rest = [a for a in rest if a != "--strict"]
     cfg = config.load_experiment(experiment)
+    if workdir is not None and "://" in workdir:
+        raise config.ConfigError(f"--workdir {workdir}: give a path; mount the bucket (gcsfuse) or use a shared disk.")
     problem = None if "--fields" in rest else unknown_field(rest)
     if problem is None and workdir is None and "--fields" not in rest:
         problem = f"give --workdir, for example --workdir runs/{Path(experiment).stem}"

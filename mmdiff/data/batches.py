@@ -7,6 +7,7 @@ fingerprint of the data, no iterator state, and any number of processes or worke
 
 import bisect
 import hashlib
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -35,6 +36,7 @@ from mmdiff.layout import (
 
 CACHE_BYTES = 2**30  # patches kept in memory
 PLANS = 3  # epochs whose plans are kept: a reader ahead and a reader behind straddle two
+READERS = max(1, min(16, (os.cpu_count() or 1) // 4))  # threads; decoding an image holds no lock
 SAMPLED = 16  # documents whose pixels enter the fingerprint
 
 
@@ -118,13 +120,13 @@ class Batches:
         return stack([self.row(step * size + i) for i in (range(size) if members is None else members)])
 
     def iterate(self, start: int, stop: int, members: Sequence[int] | None = None) -> Iterator[Rows]:
-        """Batches of the steps [start, stop), prepared ahead in a thread; `members` as of `batch`."""
+        """Batches of the steps [start, stop), prepared ahead in threads; `members` as of `batch`."""
         import grain
 
         if start >= stop:
             return
         dataset = grain.MapDataset.source(_Steps(self, stop, members))
-        iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+        iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=READERS, prefetch_buffer_size=4 * READERS)))
         grain.experimental.set_next_index(iterator, start)
         for _ in range(start, stop):
             yield next(iterator)

@@ -76,11 +76,11 @@ def vocabulary_size(cfg: config.Config, pieces: int | None) -> int:
     return count.size - 256 + (wanted if pieces is None else pieces)
 
 
-def plan(cfg: config.Config, devices: list[jax.Device], vocabulary_size: int) -> dict[str, Any]:
-    """Compile the training step and a sampling program of `cfg` for `devices`; what they cost.
+def plan(cfg: config.Config, devices: list[jax.Device], vocabulary_size: int, sampling: bool = True) -> dict[str, Any]:
+    """Compile the training step and (unless `sampling` is False) a sampling program of `cfg` for `devices`; what they cost.
 
     Returns:
-      the members of `mmdiff plan --json`, see docs of that command. Sizes are bytes of one device unless said otherwise.
+      the members of `mmdiff plan --json`. Sizes are bytes of one device, operations those of all devices together.
     Raises:
       ConfigError: the mesh does not fit the devices or the batch.
     """
@@ -100,8 +100,10 @@ def plan(cfg: config.Config, devices: list[jax.Device], vocabulary_size: int) ->
     report["fits"] = _fits(report)
     report |= _operations(cfg, vocabulary_size)
     report |= _roofline(report, chip, count)
-    report["sampling"] = _sampling(cfg, mesh, vocabulary_size)
-    report["sampling"]["fits"] = _fits(report["sampling"] | {"hbm_capacity_bytes": report["hbm_capacity_bytes"]})
+    if sampling:
+        drawing = _sampling(cfg, mesh, vocabulary_size)
+        fits = _fits(drawing | {"hbm_capacity_bytes": report["hbm_capacity_bytes"]})
+        report["sampling"] = drawing | {"fits": fits}
     return report
 
 

@@ -187,3 +187,18 @@ def test_the_vocabulary_is_trained_on_the_data_by_default():
     source = open_source(cfg, "train")
     assert open_vocabulary(cfg, source).fingerprint == open_vocabulary(cfg, open_source(cfg, "train")).fingerprint
     assert open_vocabulary(dataclasses.replace(cfg, data=Data(vocabulary="bytes")), source).size == VOCABULARY.size
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_rows_of_all_processes_are_the_batch(processes):
+    """What each process reads of a batch, put together, is the batch one process reads."""
+    cfg, size = configured(batch_size=8), 8
+    batches = Batches(open_source(cfg, "train"), VOCABULARY, cfg)
+    parts = np.array_split(np.arange(size), processes)
+    whole = batches.batch(3)
+    read = [batches.batch(3, part.tolist()) for part in parts]
+    together = jax.tree.map(lambda *rows: np.concatenate(rows), *read)
+    assert as_bytes(together) == as_bytes(whole)
+    streamed = [next(iter(batches.iterate(3, 4, part.tolist()))) for part in parts]
+    assert [as_bytes(rows) for rows in streamed] == [as_bytes(rows) for rows in read]
+    assert as_bytes(batches.batch(3, parts[-1][::-1].tolist())) != as_bytes(read[-1])

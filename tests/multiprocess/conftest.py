@@ -65,18 +65,20 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory):
-    """`start(workdir, count, *options, events={process: event})` starts the processes of a run of `mmdiff train`."""
+    """`start(workdir, count, *options)` starts the processes of a run of `mmdiff train`.
+
+    events: {process: event}, see worker.py. each: {process: more options}. devices: simulated, of each process.
+    """
     folder = tmp_path_factory.mktemp("multiprocess")
     experiment = folder / "tiny.py"
     experiment.write_text(EXPERIMENT)
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "1",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
-    def start(workdir, count: int, *options, events=None, each=None) -> Group:
+    def start(workdir, count: int, *options, events=None, each=None, devices: int = 1) -> Group:
         address, processes = f"127.0.0.1:{free_port()}", []
         for index in range(count):
             peers = ["--coordinator", address, "--processes", str(count), "--process", str(index)] if count > 1 else []
@@ -84,7 +86,10 @@ def start(tmp_path_factory):
             event = (events or {}).get(index, "none")
             command = [sys.executable, WORKER, event, "train", experiment, "--workdir", workdir, *options, *own, *peers]
             pipe = subprocess.PIPE
-            processes.append(subprocess.Popen(list(map(str, command)), env=environment, stdout=pipe, stderr=pipe, text=True))
+            own_environment = environment | {"JAX_NUM_CPU_DEVICES": str(devices)}
+            processes.append(
+                subprocess.Popen(list(map(str, command)), env=own_environment, stdout=pipe, stderr=pipe, text=True)
+            )
         return Group(processes)
 
     return start

@@ -40,6 +40,33 @@ def test_killed_and_resumed_by_one_process(whole, start, tmp_path):
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_ten_random_kills_change_nothing(start, tmp_path, count):
+    """Each at a random moment, which may be in the middle of an asynchronous save; the losses are equal to the bit."""
+    options = ("--training.steps", "400", "--training.checkpoint_every", "7")
+    codes, errors = start(tmp_path / "whole", count, *options).wait()
+    assert codes == [0] * count, errors
+    workdir, moments = tmp_path / "run", []
+    for _ in range(10):
+        done = lines(workdir)
+        group = start(workdir, count, *options)
+        wait_for_lines(workdir, min(done + random.SystemRandom().randint(1, 20), 390))
+        time.sleep(random.SystemRandom().uniform(0, 0.05))
+        group.signal(signal.SIGKILL)
+        codes, errors = group.wait()
+        assert codes == [-signal.SIGKILL] * count, (moments, errors)
+        moments.append(lines(workdir))
+    codes, errors = start(workdir, count, *options).wait()
+    assert codes == [0] * count, (moments, errors)
+    assert losses(workdir) == losses(tmp_path / "whole"), f"killed after {moments} steps"
+    assert len(losses(workdir)) == 400
+
+
+def lines(workdir) -> int:
+    path = workdir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 def kill_after_a_random_step(start, workdir) -> int:
     after = random.SystemRandom().randint(EVERY, STEPS - 2)  # truly random: every run of the tests tries another moment
     group = start(workdir, 2)
@@ -51,8 +78,8 @@ def kill_after_a_random_step(start, workdir) -> int:
 
 
 def wait_for_lines(workdir, count: int) -> None:
-    path, limit = workdir / "metrics.jsonl", time.monotonic() + 200
-    while time.monotonic() < limit and not (path.exists() and path.read_bytes().count(b"\n") >= count):
+    limit = time.monotonic() + 200
+    while time.monotonic() < limit and lines(workdir) < count:
         time.sleep(0.001)
 
 
@@ -88,6 +115,21 @@ def test_a_sigterm_is_heeded_everywhere(whole, start, tmp_path, event, options, 
     codes, errors = start(workdir, 2).wait()
     assert codes == [0, 0], errors
     assert losses(workdir) == losses(whole)
+
+
+def test_a_run_moves_from_mesh_to_mesh(whole, start, tmp_path):
+    """Eight devices cut in three ways, one after the other, and as many processes as it likes."""
+    workdir = tmp_path / "run"
+    mesh = lambda *sizes: [x for name, n in zip(("data", "fsdp", "tensor"), sizes, strict=True) for x in (f"--mesh.{name}", n)]
+    stop = {0: "term-in-evaluation"}
+    for count, devices, sizes, until in ((1, 8, (2, 2, 2), 4), (2, 4, (1, 4, 2), 8), (1, 8, (1, 1, 8), 12)):
+        last = until == STEPS
+        options = [*mesh(*sizes), "--training.validate_every", 0 if last else until]
+        codes, errors = start(workdir, count, *options, events=None if last else stop, devices=devices).wait()
+        assert codes == [0 if last else 75] * count, errors
+        assert checkpoints(workdir)[-1] == until
+    ours, theirs = (np.asarray([r["loss"] for r in read_metrics(w) if "loss" in r]) for w in (workdir, whole))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ FOLDER = ROOT / "tpu_scripts"
 FILES = sorted(
     p.relative_to(FOLDER).as_posix() for pattern in ("*.sh", "*.sbatch", "worker/*.sh") for p in FOLDER.glob(pattern)
 )
-TRAIN = ["--", "mmdiff", "train", "experiments/a b.py", "--workdir", "gs://bucket/it's"]
+TRAIN = ["--", "mmdiff", "train", "experiments/a b.py", "--workdir", "/mnt/it's"]
 RUNS = {  # every script, with arguments that make it do its work
     "babysit.sh": ["--spot", *TRAIN],
     "create.sh": ["--spot"],

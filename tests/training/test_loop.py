@@ -1,6 +1,7 @@
 """The training loop in one process: what a run leaves behind, what it refuses, and how it stops."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -157,3 +158,12 @@ def test_flops_agree_with_the_compiler():
     rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((2, *a.shape), a.dtype), one)
     counted = jax.jit(make_train_step(network, cfg, tx)).lower(state, rows).compile().cost_analysis()["flops"]
     assert 0.8 < training_flops(cfg, 269) / counted < 1.05
+
+
+def test_a_trace_of_chosen_steps_and_an_account_of_the_time(tmp_path, capsys):
+    train(tiny_config(validate_every=0), tmp_path / "run", profile=(2, 3))
+    assert any((tmp_path / "run" / "profile").rglob("*.pb"))
+    account = json.loads((tmp_path / "run" / "goodput.json").read_text())["now"]
+    assert account["compile"] > 0 and account["checkpoint"] > 0 and account["lost"] == 0
+    assert "goodput" in capsys.readouterr().err
+    assert all(r["data_wait"] >= 0 for r in read_metrics(tmp_path / "run"))

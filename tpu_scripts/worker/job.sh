@@ -10,7 +10,7 @@ HELP='usage: job.sh start NAME -- COMMAND...     run COMMAND in the code folder,
 Files: ~/mmdiff-jobs/NAME/job.log, .pid, .exit (the exit code, once it has ended); ~/mmdiff-jobs/latest is the newest.
 A lock on ~/mmdiff-jobs/lock, held by the job and whatever it starts, shows that it lives, also after a restart of the host.
 
-example: job.sh start one -- mmdiff train experiments/quickstart.py --workdir gs://my-bucket/runs/one'
+example: job.sh start one -- mmdiff train experiments/quickstart.py --workdir /mnt/runs/one'
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
