@@ -11,6 +11,7 @@ Order, and why:
 Several processes run this file in step; every branch below depends only on what they share.
 """
 
+import dataclasses
 import json
 import sys
 import time
@@ -96,33 +97,26 @@ def train(
                 print(goodput.summary(), file=sys.stderr)
 
 
+@dataclasses.dataclass
 class _Loop:
     """What the loop needs at every turn, and the loop."""
 
-    def __init__(
-        self,
-        run: Run,
-        workdir: Path,
-        checkpoints: Checkpoints,
-        meta: dict[str, Any],
-        metrics: Metrics,
-        goodput: Goodput,
-        termination: Termination,
-        watchdog: Watchdog,
-        profile: tuple[int, int] | None,
-    ):
-        self.run, self.workdir, self.checkpoints, self.meta = run, workdir, checkpoints, meta
-        self.metrics, self.goodput, self.termination, self.watchdog, self.profile = (
-            metrics,
-            goodput,
-            termination,
-            watchdog,
-            profile,
-        )
-        self.settings = run.cfg.training
-        self.begin = time.monotonic()
-        self.waited = 0.0  # seconds waited for data up to the last report
-        self.pending: tuple[int, dict[str, jax.Array]] | None = None  # metrics not yet read, and of which step
+    run: Run
+    workdir: Path
+    checkpoints: Checkpoints
+    meta: dict[str, Any]
+    metrics: Metrics
+    goodput: Goodput
+    termination: Termination
+    watchdog: Watchdog
+    profile: tuple[int, int] | None
+    begin: float = dataclasses.field(default_factory=time.monotonic)
+    waited: float = 0.0  # seconds waited for data up to the last report
+    pending: tuple[int, dict[str, jax.Array]] | None = None  # metrics not yet read, and of which step
+
+    @property
+    def settings(self) -> config.Training:
+        return self.run.cfg.training
 
     def go(self, state: TrainState) -> dict[str, float]:
         run, settings, start = self.run, self.settings, int(state.step)

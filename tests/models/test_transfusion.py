@@ -12,6 +12,7 @@ import pytest
 from mmdiff.layout import ImagePlan, Rows
 from mmdiff.models import transfusion
 from mmdiff.models.transfusion import Network
+from mmdiff.training.flops import counted_flops
 
 TOLERANCE = 1e-5
 
@@ -212,6 +213,36 @@ def test_recomputed_and_scanned_layers_equal_unrolled_ones(tiny, row, monkeypatc
     variants.append(value_and_gradient(tiny, recomputed, row))
     for (_, out), grads in variants:
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=TOLERANCE), (plain, gradient), (out, grads))
+
+
+@pytest.mark.parametrize("attention", ["dense", "blockwise"])
+@pytest.mark.parametrize("remat", ["dots", "attention", "full"])
+def test_every_way_of_recomputing_gives_the_same_gradients(tiny, row, monkeypatch, remat, attention):
+    _, gradient = value_and_gradient(tiny, tiny.network, row)
+    monkeypatch.setattr(transfusion, "UNROLL_LIMIT", 0)
+    other = Network(dataclasses.replace(tiny.cfg.model, remat=remat, attention=attention), tiny.vocabulary.size)
+    _, grads = value_and_gradient(tiny, other, row)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=TOLERANCE), gradient, grads)
+
+
+def test_recomputing_more_takes_less_memory_and_more_operations(new_tiny, monkeypatch):
+    monkeypatch.setattr(transfusion, "UNROLL_LIMIT", 0)
+    temporaries, operations = {}, {}
+    for remat in ("none", "dots", "attention", "full"):
+        tiny = new_tiny(block="attention", width=128, depth=6, remat=remat, attention="blockwise")
+        rows = tiny.batch(*[[tiny.lay(tiny.pieces("12", (4, 4), seed=s))] for s in range(8)], length=256)
+        z, u = tiny.noise(rows)
+
+        def loss(params, network=tiny.network, rows=rows, z=z, u=u):
+            logits, patches = network.bind(params)(rows.tokens, rows.is_patch, z, u, rows.place, rows.position, rows.mask)
+            return jnp.sum(logits**2) + jnp.sum(patches**2)
+
+        compiled = jax.jit(jax.grad(loss)).lower(tiny.params).compile()
+        temporaries[remat] = compiled.memory_analysis().temp_size_in_bytes
+        operations[remat] = counted_flops(jax.grad(loss), tiny.params)
+    assert temporaries["none"] > temporaries["dots"] > temporaries["full"]
+    assert temporaries["none"] > temporaries["attention"] > temporaries["full"]
+    assert operations["none"] < operations["attention"] <= operations["full"]
 
 
 def network_forward(network, params, rows):
