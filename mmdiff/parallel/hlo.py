@@ -2,8 +2,8 @@
 
 XLA's own cost analysis counts the body of a loop once. Here every computation is visited from the entry, and what it
 contains counts as often as it runs: a `while` by its known trip count, or by the constant its condition compares with
-(scans count up from 0); a conditional as all of its branches. What carries the same channel is one collective, which XLA
-may have spread over several fusions.
+(scans count up from 0); a conditional as all of its branches. What carries the same channel and the same arrays is one
+collective, which XLA may have spread over several fusions.
 
 The bytes of a collective are those of the whole array it concerns, on one device: the gathered result, what is to be
 scattered, what is to be reduced. On a ring of n devices, one of them sends
@@ -44,16 +44,17 @@ def traffic(text: str) -> Traffic:
     computations, entry = parse(text)
     payload: dict[str, float] = collections.defaultdict(float)
     state = {"sent": 0.0, "unknown": 0}
-    seen: set[str] = set()
+    seen: set[tuple] = set()
 
     def visit(name: str, times: float) -> None:
         for instruction in computations.get(name, ()):
             kind = instruction.opcode.removesuffix("-start")
             if kind in KINDS:
                 channel = re.search(r"channel_id=(\d+)", instruction.rest)
-                if channel and channel[1] in seen:
+                same = (channel and channel[1], kind, *sizes(instruction.result))
+                if channel and same in seen:
                     continue
-                seen.add(channel[1] if channel else "")
+                seen.add(same)
                 size, group = _whole(instruction, kind), group_size(instruction.rest)
                 payload[kind] += times * size
                 state["sent"] += times * size * _factor(kind, group)

@@ -112,3 +112,14 @@ def losses(workdir):
 
 def checkpoints(workdir) -> list[int]:
     return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def lines(workdir) -> int:
+    path = workdir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for_lines(workdir, count: int) -> None:
+    limit = time.monotonic() + 200
+    while time.monotonic() < limit and lines(workdir) < count:
+        time.sleep(0.001)

@@ -1,17 +1,15 @@
 """Two real processes: the same losses as one, the same decisions in both, and survival of signals."""
 
-import random
 import re
 import shutil
 import signal
-import time
 
 import numpy as np
 import pytest
 
 from mmdiff.training.metrics import read_metrics
 
-from .conftest import EVERY, STEPS, checkpoints, losses
+from .conftest import EVERY, STEPS, checkpoints, losses, wait_for_lines
 
 
 def test_two_processes_train_as_one(whole, start, tmp_path):
@@ -20,67 +18,6 @@ def test_two_processes_train_as_one(whole, start, tmp_path):
     one, two = (np.asarray([r["loss"] for r in read_metrics(w)]) for w in (tmp_path / "run", whole))
     assert len(two) == STEPS and len(set(two)) == STEPS
     np.testing.assert_allclose(two, one, rtol=1e-5)
-
-
-def test_killed_at_a_random_moment_and_resumed_by_two(whole, start, tmp_path):
-    workdir = tmp_path / "run"
-    after = kill_after_a_random_step(start, workdir)
-    codes, errors = start(workdir, 2).wait()
-    assert codes == [0, 0], (after, errors)
-    assert losses(workdir) == losses(whole), f"killed after {after} steps"
-
-
-def test_killed_and_resumed_by_one_process(whole, start, tmp_path):
-    """Another number of processes: another order of sums, so equal to 1e-5 and not to the bit."""
-    workdir = tmp_path / "run"
-    after = kill_after_a_random_step(start, workdir)
-    codes, errors = start(workdir, 1).wait()
-    assert codes == [0], (after, errors)
-    ours, theirs = (np.asarray([r["loss"] for r in read_metrics(w)]) for w in (workdir, whole))
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_ten_random_kills_change_nothing(start, tmp_path, count):
-    """Each at a random moment, which may be in the middle of an asynchronous save; the losses are equal to the bit."""
-    options = ("--training.steps", "400", "--training.checkpoint_every", "7")
-    codes, errors = start(tmp_path / "whole", count, *options).wait()
-    assert codes == [0] * count, errors
-    workdir, moments = tmp_path / "run", []
-    for _ in range(10):
-        done = lines(workdir)
-        group = start(workdir, count, *options)
-        wait_for_lines(workdir, min(done + random.SystemRandom().randint(1, 20), 390))
-        time.sleep(random.SystemRandom().uniform(0, 0.05))
-        group.signal(signal.SIGKILL)
-        codes, errors = group.wait()
-        assert codes == [-signal.SIGKILL] * count, (moments, errors)
-        moments.append(lines(workdir))
-    codes, errors = start(workdir, count, *options).wait()
-    assert codes == [0] * count, (moments, errors)
-    assert losses(workdir) == losses(tmp_path / "whole"), f"killed after {moments} steps"
-    assert len(losses(workdir)) == 400
-
-
-def lines(workdir) -> int:
-    path = workdir / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def kill_after_a_random_step(start, workdir) -> int:
-    after = random.SystemRandom().randint(EVERY, STEPS - 2)  # truly random: every run of the tests tries another moment
-    group = start(workdir, 2)
-    wait_for_lines(workdir, after)
-    group.signal(signal.SIGKILL)
-    codes, errors = group.wait()
-    assert codes == [-signal.SIGKILL] * 2, errors
-    return after
-
-
-def wait_for_lines(workdir, count: int) -> None:
-    limit = time.monotonic() + 200
-    while time.monotonic() < limit and lines(workdir) < count:
-        time.sleep(0.001)
 
 
 @pytest.mark.parametrize("told", [0, 1])

@@ -46,7 +46,7 @@ def test_training_gives_the_same_losses_and_parameters(results, block, mesh):
 def test_sampling_writes_the_same_texts_and_draws_the_same_images(results, block, mesh):
     one, many = results[block]["1x1x1"], results[block][mesh]
     assert many["texts"] == one["texts"] and any(one["texts"])
-    assert len(many["pixels"]) == len(one["pixels"]) >= 3
+    assert len(many["pixels"]) == len(one["pixels"]) == 2
     for ours, theirs in zip(many["pixels"], one["pixels"], strict=True):
         assert np.abs(np.subtract(ours, theirs)).max() <= 1  # a value may round the other way
 
