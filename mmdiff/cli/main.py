@@ -4,7 +4,9 @@ Exit codes: 0 done, 2 usage, 65 bad configuration or data, 70 diverged, 74 a che
 by SIGTERM after a save, 1 a crash or the watchdog.
 """
 
+import glob
 import importlib
+import importlib.util
 import os
 import sys
 
@@ -42,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"mmdiff: unknown command {command!r}{suggest(command, list(COMMANDS))}", file=sys.stderr)
         return USAGE
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    leave_absent_tpu_alone()
     try:
         return importlib.import_module(f"mmdiff.cli.{command}").main(arguments[1:])
     except SystemExit as stop:  # argparse and tyro end this way
@@ -52,6 +55,15 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"mmdiff {command}: interrupted", file=sys.stderr)
         return 130
+
+
+def leave_absent_tpu_alone() -> None:
+    """With libtpu installed (for `mmdiff plan`) but no TPU, JAX would look for one and print pages of alarm."""
+    if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
+        return
+    if not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/[0-9]*"):
+        cuda = any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
+        os.environ["JAX_PLATFORMS"] = "cuda,cpu" if cuda and glob.glob("/dev/nvidia[0-9]*") else "cpu"
 
 
 if __name__ == "__main__":
