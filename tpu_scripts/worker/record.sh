@@ -6,7 +6,7 @@ HELP='usage: record.sh [--dry-run] PREFIX COMMAND...
 
 Runs COMMAND. PREFIX.pid holds its process id, and PREFIX.exit its exit code once it has ended; ends with that code.
 
-example: record.sh /tmp/job mmdiff train experiments/quickstart.py --workdir runs/one'
+example: record.sh job mmdiff train experiments/quickstart.py --workdir runs/one'
 # shellcheck source=SCRIPTDIR/../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
