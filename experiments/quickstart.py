@@ -16,7 +16,7 @@ def config() -> Config:
         ),
         optimizer=Optimizer(learning_rate=2e-3, warmup=100),
         training=Training(
-            steps=1800, batch_size=10, accumulate=5, ema=0.998, checkpoint_every=400, sample_every=400, validate_every=400
+            steps=1500, batch_size=10, accumulate=5, ema=0.998, checkpoint_every=500, sample_every=500, validate_every=500
         ),
         sampling=Sampling(steps=10, guidance=1.5),
     )
