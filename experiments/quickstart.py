@@ -1,4 +1,4 @@
-"""The demo: coloured shapes, drawn from captions, described, asked about and changed. Ten minutes on two CPU cores."""
+"""The demo: coloured shapes, drawn from captions, described, asked about and changed. Eight minutes on two CPU cores."""
 
 from mmdiff.config import Config, Data, Layout, Model, Optimizer, Sampling, Training
 
