@@ -33,7 +33,7 @@ from mmdiff import IMG, Document, Image
 from mmdiff.config import Config, Data, Diffusion, Layout, Model, Optimizer, Sampling, Training
 from mmdiff.data.batches import Batches
 from mmdiff.data.vocabulary import Vocabulary
-from mmdiff.models.transfusion import Network
+from mmdiff.models.network import Network
 from mmdiff.sampling import generate
 from mmdiff.training import state as train_state
 from mmdiff.training.optimizer import make_optimizer

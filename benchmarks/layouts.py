@@ -8,7 +8,7 @@ import dataclasses
 import json
 import sys
 
-from mmdiff import config
+from mmdiff import config, config_files
 from mmdiff.parallel import plan
 from mmdiff.parallel.mesh import AXES
 
@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--meshes", nargs="+", default=["64,1,1", "1,64,1", "8,8,1", "1,16,4", "1,8,8"], metavar="D,F,T")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
-    base = config.load_experiment(options.experiment)
+    base = config_files.load_experiment(options.experiment)
     devices = plan.topology_devices(options.topology)
     reports = {}
     for name in options.meshes:

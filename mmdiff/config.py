@@ -9,10 +9,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import types
-import typing
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 
 class ConfigError(Exception):
@@ -22,15 +19,17 @@ class ConfigError(Exception):
     """
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """The transformer. Two GAU layers cost about one attention + SwiGLU layer."""
+    """The network. Two GAU layers cost about one attention + SwiGLU layer."""
 
+    network: Literal["transfusion", "unet", "uvit", "dit"] = "transfusion"
+    """The others are rivals for images alone (they need layout.markers=False), in mmdiff/models/."""
     width: int = 256
     depth: int = 8
     patch: int = 4
@@ -43,13 +42,29 @@ class Model:
     head_width: int = 64
     """Attention: width of a head; the number of heads is `width / head_width`."""
     qk_norm: bool = False
+    bias: bool = False
+    """Biases in the linear layers of the blocks."""
+    rope: Literal["axial", "mixed", "none"] = "axial"
+    """`axial`: half of the pairs turn with the row, half with the column. `mixed`: every pair of every head learns its own
+    direction in the plane."""
     rope_base: float = 100.0
     positions: Literal["centred", "scaled", "corner", "raster"] = "centred"
-    patch_places: bool = True
-    """Tell each patch where in its image it stands, at the input; False leaves that to RoPE alone."""
+    places: Literal["smooth", "learned", "sincos", "none"] = "smooth"
+    """How each patch is told, at the input, where in its image it stands; `none` leaves that to RoPE alone."""
+    skip: Literal["none", "concat", "lerp"] = "none"
+    """Long skips from the first half of the layers to the second."""
+    bottleneck: int = 0
+    """Patches are projected to this width first; 0: straight to the model's."""
+    overlap: int = 0
+    """Pixels by which the window that a patch reads and predicts reaches over each of its edges."""
+    patch_head: Literal["linear", "conv"] = "linear"
+    """`conv` adds two 3x3 convolutions over the whole image, across the edges of its patches."""
     tie_embeddings: bool = False
     lossless: bool = True
     """Demand a width that can hold a patch exactly: at least 3 * patch^2."""
+    time: Literal["input", "token", "adaln", "none"] = "input"
+    """Where the noise time enters: added to each patch; as a token before each noised block (with layout.time_token); as
+    scale, shift and gate of every layer; or nowhere."""
     time_embedding: Literal["smooth", "table"] = "smooth"
     """`smooth`: low-frequency features of u. `table`: the 1000-entry table of the DDPM schedule."""
     attention: Literal["auto", "dense", "blockwise", "pallas"] = "auto"
@@ -59,34 +74,71 @@ class Model:
     """What the backward pass recomputes of each layer, from none to all of it: `dots` keeps the results of the matrix
     products with parameters, `attention` those of attention alone, `full` nothing but the layer's input."""
 
+    channels: tuple[int, ...] = (1, 2, 2, 2)
+    """unet: channels at each resolution, in units of `width`; `depth` is the number of residual blocks at each."""
+
     def __post_init__(self):
         for name in ("width", "depth", "patch", "expansion", "key_width", "head_width"):
             value = getattr(self, name)
-            _require(value >= 1, f"model.{name}={value} must be at least 1.")
+            require(value >= 1, f"model.{name}={value} must be at least 1.")
         values = 3 * self.patch**2
+        require(
+            0 <= 2 * self.overlap <= self.patch,
+            f"model.overlap={self.overlap} must lie between 0 and half of model.patch={self.patch}.",
+        )
+        require(self.bottleneck >= 0, f"model.bottleneck={self.bottleneck} must not be negative (0: none).")
+        require(
+            self.time_embedding == "smooth" or self.time in ("input", "token"),
+            f"model.time_embedding='table' needs model.time='input' or 'token', not {self.time!r}.",
+        )
+        if self.network != "transfusion":
+            self._check_rival()
+            return
         if self.lossless:
-            _require(
+            require(
+                not 0 < self.bottleneck < values,
+                f"model.bottleneck={self.bottleneck} cannot hold a {self.patch}x{self.patch} patch losslessly: it needs "
+                f"{values}. Raise it, or set model.lossless=False.",
+            )
+            require(
                 self.width >= values,
                 f"model.width={self.width} cannot hold a {self.patch}x{self.patch} patch losslessly: it needs at least "
                 f"{values} (better {2 * values}). Raise model.width, lower model.patch, or set model.lossless=False.",
             )
         if self.block == "gau":
-            _require(
+            require(
                 self.key_width % 4 == 0,
                 f"model.key_width={self.key_width} must be a multiple of 4: 2-D RoPE turns pairs, half by row, half by "
                 "column. Use 64 or 128.",
             )
         else:
-            _require(
+            require(
                 self.width % self.head_width == 0,
                 f"model.width={self.width} is not a multiple of model.head_width={self.head_width}. Change one of them.",
             )
-            _require(self.head_width % 4 == 0, f"model.head_width={self.head_width} must be a multiple of 4 for 2-D RoPE.")
-        _require(self.rope_base > 1, f"model.rope_base={self.rope_base} must be above 1.")
+            require(self.head_width % 4 == 0, f"model.head_width={self.head_width} must be a multiple of 4 for 2-D RoPE.")
+        require(self.rope_base > 1, f"model.rope_base={self.rope_base} must be above 1.")
+
+    def _check_rival(self) -> None:
+        if self.network == "unet":
+            require(
+                bool(self.channels) and min(self.channels) >= 1,
+                f"model.channels={self.channels} must be positive, one or more.",
+            )
+            require(
+                self.width % 8 == 0, f"model.width={self.width} must be a multiple of 8: unet normalises groups of channels."
+            )
+        else:
+            require(
+                self.width % self.head_width == 0,
+                f"model.width={self.width} is not a multiple of model.head_width={self.head_width}. Change one of them.",
+            )
 
     def warnings(self) -> list[str]:
         """What works but is known to be tight, one line each; printed once when a run starts."""
         values = 3 * self.patch**2
+        if self.network != "transfusion":
+            return []
         if self.width < values:
             return [f"model.width={self.width} < {values}: patches are compressed, this model is not lossless."]
         if self.width < 2 * values:
@@ -99,6 +151,10 @@ class Layout:
     """How documents become rows (mmdiff/layout.py)."""
 
     row_length: int = 256
+    markers: bool = True
+    """False: images alone. A row then holds noised blocks and nothing else; texts and given images are left out."""
+    time_token: bool = False
+    """Each noised block begins with a position that holds its noise time (model.time='token')."""
     trailing_context: float = 0.1
     """Probability that an image at the end of its document also gets a clean copy, so that the model sees how to stop."""
     text_drop: float = 0.1
@@ -113,13 +169,13 @@ class Layout:
     """Largest number of patch rows or columns the vocabulary can name."""
 
     def __post_init__(self):
-        _require(self.row_length >= 8, f"layout.row_length={self.row_length} must be at least 8.")
+        require(self.row_length >= 8, f"layout.row_length={self.row_length} must be at least 8.")
         for name in ("trailing_context", "text_drop", "max_context_u"):
             value = getattr(self, name)
-            _require(0 <= value <= 1, f"layout.{name}={value} must be between 0 and 1.")
-        _require(self.noised_copies >= 1, f"layout.noised_copies={self.noised_copies} must be at least 1.")
-        _require(self.max_grid >= 1, f"layout.max_grid={self.max_grid} must be at least 1.")
-        _require(
+            require(0 <= value <= 1, f"layout.{name}={value} must be between 0 and 1.")
+        require(self.noised_copies >= 1, f"layout.noised_copies={self.noised_copies} must be at least 1.")
+        require(self.max_grid >= 1, f"layout.max_grid={self.max_grid} must be at least 1.")
+        require(
             self.context == "clean" or self.noised_copies == 1,
             "layout.noised_copies above 1 needs layout.context='clean': an in-place noised image exists only once.",
         )
@@ -149,14 +205,14 @@ class Diffusion:
     """Over the channels and pixels of one image; `sum` is the DDPM convention."""
 
     def __post_init__(self):
-        _require(self.time_std > 0, f"diffusion.time_std={self.time_std} must be positive.")
-        _require(self.shift > 0, f"diffusion.shift={self.shift} must be positive.")
-        _require(0 < self.clip < 1, f"diffusion.clip={self.clip} must be between 0 and 1.")
-        _require(
+        require(self.time_std > 0, f"diffusion.time_std={self.time_std} must be positive.")
+        require(self.shift > 0, f"diffusion.shift={self.shift} must be positive.")
+        require(0 < self.clip < 1, f"diffusion.clip={self.clip} must be between 0 and 1.")
+        require(
             self.weighting not in ("min_snr", "soft_min_snr") or self.weighting_value > 0,
             f"diffusion.weighting_value={self.weighting_value} must be positive for weighting={self.weighting!r}.",
         )
-        _require(self.image_scale >= 0, f"diffusion.image_scale={self.image_scale} must not be negative.")
+        require(self.image_scale >= 0, f"diffusion.image_scale={self.image_scale} must not be negative.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,11 +245,11 @@ class Data:
     """`both`: documents of one text and one image are read in either order, at random."""
 
     def __post_init__(self):
-        _require(self.size >= 1, f"data.size={self.size} must be at least 1.")
-        _require(self.vocabulary_size >= 300, f"data.vocabulary_size={self.vocabulary_size} must be at least 300 (256 bytes).")
-        _require(1 <= self.max_objects <= 3, f"data.max_objects={self.max_objects} must be 1, 2 or 3.")
+        require(self.size >= 1, f"data.size={self.size} must be at least 1.")
+        require(self.vocabulary_size >= 300, f"data.vocabulary_size={self.vocabulary_size} must be at least 300 (256 bytes).")
+        require(1 <= self.max_objects <= 3, f"data.max_objects={self.max_objects} must be 1, 2 or 3.")
         if self.image_size is not None:
-            _require(min(self.image_size) >= 1, f"data.image_size={self.image_size} must be positive.")
+            require(min(self.image_size) >= 1, f"data.image_size={self.image_size} must be positive.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -203,9 +259,11 @@ class Optimizer:
     name: Literal["adamw", "lamb", "muon"] = "adamw"
     learning_rate: float = 1e-3
     warmup: int = 100
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    decay: Literal["cosine", "linear", "constant", "points"] = "cosine"
     final: float = 0.0
     """The schedule ends at `final * learning_rate`."""
+    points: tuple[tuple[int, float], ...] = ()
+    """decay="points": (update, factor of learning_rate), straight lines between them; takes the place of warmup and final."""
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-12
@@ -214,14 +272,19 @@ class Optimizer:
     """Global gradient norm; 0 switches clipping off."""
 
     def __post_init__(self):
-        _require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive.")
-        _require(self.warmup >= 0, f"optimizer.warmup={self.warmup} must not be negative.")
-        _require(0 <= self.final <= 1, f"optimizer.final={self.final} must be between 0 and 1.")
+        require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive.")
+        require(self.warmup >= 0, f"optimizer.warmup={self.warmup} must not be negative.")
+        require(0 <= self.final <= 1, f"optimizer.final={self.final} must be between 0 and 1.")
+        steps = [step for step, _ in self.points]
+        require(
+            (self.decay == "points") == bool(steps) and steps == sorted(set(steps)),
+            f"optimizer.points={self.points} must be given with optimizer.decay='points', and only then, with growing updates.",
+        )
         for name in ("b1", "b2"):
-            _require(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)} must be in [0, 1).")
-        _require(self.eps > 0, f"optimizer.eps={self.eps} must be positive.")
-        _require(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay} must not be negative.")
-        _require(self.clip >= 0, f"optimizer.clip={self.clip} must not be negative.")
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)} must be in [0, 1).")
+        require(self.eps > 0, f"optimizer.eps={self.eps} must be positive.")
+        require(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay} must not be negative.")
+        require(self.clip >= 0, f"optimizer.clip={self.clip} must not be negative.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -235,6 +298,8 @@ class Training:
     """Split each batch into this many pieces, one after another: the same gradient in less memory."""
     seed: int = 0
     ema: float = 0.999
+    ema_start: Literal["ramp", "zero"] = "ramp"
+    """`ramp`: the decay grows from 0.1 to `ema`. `zero`: an average that starts at zero and is corrected for it."""
     log_every: int = 50
     checkpoint_every: int = 1000
     keep: int = 2
@@ -249,15 +314,15 @@ class Training:
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep", "max_skips"):
-            _require(getattr(self, name) >= 1, f"training.{name}={getattr(self, name)} must be at least 1.")
+            require(getattr(self, name) >= 1, f"training.{name}={getattr(self, name)} must be at least 1.")
         for name in ("sample_every", "validate_every", "validation_rows"):
-            _require(getattr(self, name) >= 0, f"training.{name}={getattr(self, name)} must not be negative (0: never).")
-        _require(
+            require(getattr(self, name) >= 0, f"training.{name}={getattr(self, name)} must not be negative (0: never).")
+        require(
             self.batch_size % self.accumulate == 0,
             f"training.batch_size={self.batch_size} is not divisible by training.accumulate={self.accumulate}.",
         )
-        _require(self.watchdog >= 0, f"training.watchdog={self.watchdog} must not be negative (minutes; 0: never).")
-        _require(0 <= self.ema < 1, f"training.ema={self.ema} must be in [0, 1).")
+        require(self.watchdog >= 0, f"training.watchdog={self.watchdog} must not be negative (minutes; 0: never).")
+        require(0 <= self.ema < 1, f"training.ema={self.ema} must be in [0, 1).")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -265,8 +330,8 @@ class Sampling:
     """Defaults of `generate` and of the sample sheets; every call may override them."""
 
     steps: int = 10
-    solver: Literal["ddim", "midpoint", "heun", "dpmpp_2m", "unipc2", "ddpm"] = "unipc2"
-    grid: Literal["uniform_logsnr", "uniform_u"] = "uniform_logsnr"
+    solver: Literal["ddim", "midpoint", "heun", "dpmpp_2m", "unipc2", "ddpm", "ddpm_large"] = "unipc2"
+    grid: Literal["uniform_logsnr", "uniform_u", "ddpm_table"] = "uniform_logsnr"
     sigma_max: float = 80.0
     sigma_min: float = 0.01
     guidance: float = 1.0
@@ -278,12 +343,12 @@ class Sampling:
     """Texts drawn on the sample sheets; empty means captions from the validation data."""
 
     def __post_init__(self):
-        _require(self.steps >= 1, f"sampling.steps={self.steps} must be at least 1.")
-        _require(
+        require(self.steps >= 1, f"sampling.steps={self.steps} must be at least 1.")
+        require(
             0 < self.sigma_min < self.sigma_max,
             f"sampling.sigma_min={self.sigma_min} must be positive and below sampling.sigma_max={self.sigma_max}.",
         )
-        _require(self.guidance >= 0, f"sampling.guidance={self.guidance} must not be negative.")
+        require(self.guidance >= 0, f"sampling.guidance={self.guidance} must not be negative.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -303,9 +368,9 @@ class Mesh:
     def __post_init__(self):
         sizes = {name: getattr(self, name) for name in ("data", "fsdp", "tensor")}
         for name, size in sizes.items():
-            _require(size >= 1 or size == -1, f"mesh.{name}={size} must be at least 1, or -1 for all devices that remain.")
+            require(size >= 1 or size == -1, f"mesh.{name}={size} must be at least 1, or -1 for all devices that remain.")
         open_ = [f"mesh.{name}" for name, size in sizes.items() if size == -1]
-        _require(
+        require(
             len(open_) <= 1, f"{' and '.join(open_)} are both -1: only one can take the devices that remain. Set the other."
         )
 
@@ -326,7 +391,14 @@ class Config:
 
     def __post_init__(self):
         self._check_mesh()
-        _require(
+        model, layout = self.model, self.layout
+        require(
+            (model.time == "token") == layout.time_token,
+            f"model.time={model.time!r} and layout.time_token={layout.time_token} do not go together: set both or neither.",
+        )
+        if model.network != "transfusion":
+            self._check_rival()
+        require(
             self.model.time_embedding == "smooth" or self.diffusion.schedule == "ddpm",
             "model.time_embedding='table' needs diffusion.schedule='ddpm': the table has one entry per DDPM step.",
         )
@@ -336,8 +408,33 @@ class Config:
             size = self.data.generator_image_size
             check_image_size(size, size, self.model.patch, "data.generator_image_size")
 
+    @property
+    def fixed_size(self) -> tuple[int, int] | None:
+        """(height, width) of every image, where the configuration says so."""
+        if self.data.source in ("shapes", "words"):
+            return self.data.generator_image_size, self.data.generator_image_size
+        return self.data.image_size
+
+    def _check_rival(self) -> None:
+        model, layout, size = self.model, self.layout, self.fixed_size
+        name = f"model.network={model.network!r}"
+        require(not layout.markers, f"{name} knows images alone: set layout.markers=False.")
+        require(not layout.time_token, f"{name} has its own way to be told the time: set layout.time_token=False.")
+        if size is None:
+            raise ConfigError(f"{name} needs images of one size: set data.image_size.")
+        count = (size[0] // model.patch) * (size[1] // model.patch)
+        require(
+            count > 0 and layout.row_length % count == 0,
+            f"layout.row_length={layout.row_length} must be a multiple of the {count} patches of an image with {name}.",
+        )
+
     def _check_mesh(self) -> None:
         model, mesh = self.model, self.mesh
+        if model.network != "transfusion":
+            require(
+                mesh.tensor in (1, -1) and mesh.fsdp in (1, -1), f"mesh: model.network={model.network!r} is split by rows only."
+            )
+            return
         if model.block == "gau":
             split, what = model.expansion * model.width, "the gated width model.expansion * model.width"
         else:
@@ -346,7 +443,7 @@ class Config:
             (model.width, "fsdp", mesh.fsdp, f"model.width={model.width}"),
             (split, "tensor", mesh.tensor, f"{what} = {split}"),
         ):
-            _require(parts == -1 or size % parts == 0, f"mesh.{name}={parts} does not divide {of}. Change one of them.")
+            require(parts == -1 or size % parts == 0, f"mesh.{name}={parts} does not divide {of}. Change one of them.")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
@@ -362,6 +459,8 @@ class Config:
         Raises:
           ConfigError: unknown field (with a suggestion), wrong type or invalid value.
         """
+        from mmdiff.config_files import from_dict
+
         return from_dict(cls, json.loads(text))
 
 
@@ -375,85 +474,7 @@ def check_image_size(height: int, width: int, patch: int, where: str) -> None:
         )
 
 
-def field_names(kind: type, prefix: str = "") -> list[str]:
-    """Dotted names of all leaf fields of a configuration dataclass."""
-    names = []
-    for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(field.type):
-            names += field_names(typing.cast(type, field.type), f"{prefix}{field.name}.")
-        else:
-            names.append(prefix + field.name)
-    return names
-
-
 def suggest(name: str, known: list[str]) -> str:
     """`; did you mean 'x'?` for a misspelt name, or an empty string."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else ""
-
-
-def from_dict(kind: type, values: dict[str, Any], prefix: str = "") -> Any:
-    """Build a configuration dataclass from plain JSON values."""
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    arguments = {}
-    for name, value in values.items():
-        if name not in fields:
-            raise ConfigError(f"unknown field '{prefix}{name}'{suggest(prefix + name, [prefix + n for n in fields])}")
-        annotation = fields[name].type
-        if dataclasses.is_dataclass(annotation):
-            value = from_dict(typing.cast(type, annotation), value, f"{prefix}{name}.")
-        else:
-            value = _tupled(value)
-            _check_type(value, annotation, prefix + name)
-        arguments[name] = value
-    return kind(**arguments)
-
-
-def _tupled(value: Any) -> Any:
-    return tuple(_tupled(v) for v in value) if isinstance(value, (list, tuple)) else value
-
-
-def _check_type(value: Any, annotation: Any, name: str) -> None:
-    origin = typing.get_origin(annotation)
-    if origin is Literal:
-        choices = typing.get_args(annotation)
-        _require(value in choices, f"{name}={value!r} is not one of {', '.join(map(repr, choices))}.")
-        return
-    if isinstance(annotation, types.UnionType):
-        allowed = tuple(typing.get_origin(a) or a for a in typing.get_args(annotation))
-    elif annotation is float:
-        allowed = (float, int)
-    else:
-        allowed = (origin or annotation,)
-    good = isinstance(value, allowed) and not (isinstance(value, bool) and bool not in allowed)
-    _require(good, f"{name}={value!r} has the wrong type: expected {getattr(annotation, '__name__', annotation)}.")
-
-
-def load_experiment(path: str | Path) -> Config:
-    """The Config that `config()` of an experiment file returns, or with FILE.py:FUNCTION another function of it.
-
-    Raises:
-      ConfigError: no such file or function, or an invalid configuration.
-    """
-    import runpy
-
-    file, colon, function = str(path).rpartition(":")
-    path, function = (Path(file), function) if colon and file.endswith(".py") else (Path(path), "config")
-    if not path.is_file():
-        known = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise ConfigError(f"no experiment file {str(path)!r}{suggest(str(path), known)}")
-    try:
-        namespace = runpy.run_path(str(path))
-    except SyntaxError as error:
-        raise ConfigError(f"{path}:{error.lineno}: {error.msg}") from error
-    except TypeError as error:  # an unknown keyword of a configuration dataclass
-        raise ConfigError(f"{path}: {error}") from error
-    if not callable(namespace.get(function)):
-        known = [name for name, value in namespace.items() if callable(value) and not isinstance(value, type)]
-        raise ConfigError(f"{path} has no function `{function}() -> Config`{suggest(function, known)}.")
-    try:
-        made = namespace[function]()
-    except TypeError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    _require(isinstance(made, Config), f"{path}: {function}() returned {type(made).__name__}, not mmdiff.config.Config.")
-    return made

@@ -8,6 +8,7 @@
   conditioned on the clean image, in training exactly as in sampling.
 - Every query reads at most two key intervals, so a mask is four int32 vectors, never T x T (`IntervalMask`).
 - Positions are 2-D: text at (p, p), the patches of an image around the diagonal (`patch_positions`).
+- Without markers (`layout.markers=False`) there is no stream: the noised blocks of a document are all there is.
 
 Letters: b rows, t positions, p values of a patch (3 * patch^2), n patches of an image (grid_rows * grid_cols).
 Everything that builds a sequence, for training or for sampling, goes through `lay_out`.
@@ -25,6 +26,7 @@ from mmdiff import config
 from mmdiff.document import DataError, Document, Image, Text
 
 Positions = Literal["centred", "scaled", "corner", "raster"]
+TIME = -1  # in place of a token
 
 
 class IntervalMask(NamedTuple):
@@ -48,13 +50,13 @@ class IntervalMask(NamedTuple):
 class Rows:
     """A batch of packed rows (or one row, without the leading axis): what a training step sees."""
 
-    tokens: Any  # int32 [b, t], 0 at patches and padding
+    tokens: Any  # int32 [b, t], 0 at patches and padding, TIME at the time token of a noised block
     patches: Any  # uint8 [b, t, p], 0 at text
     is_patch: Any  # bool [b, t]
     image: Any  # int32 [b, t]; 0 is text, k the k-th image of the row; noised and clean copies share k
     noised: Any  # bool [b, t]
     position: Any  # float32 [b, t, 2]
-    place: Any  # float32 [b, t, 2]; (row, column) of a patch within its image as fractions of its sides, 0 at text
+    cell: Any  # int32 [b, t, 4]; row and column of a patch, and its image's numbers of rows and columns; 0 at text
     context_start: Any  # int32 [b, t], as the next three: see IntervalMask
     context_end: Any
     block_start: Any
@@ -186,14 +188,22 @@ def patch_positions(start: float, rows: int, cols: int, kind: Positions) -> tupl
     return np.stack(coordinates, axis=-1).astype(np.float32), float(resume)
 
 
-def patch_places(rows: int, cols: int) -> np.ndarray:
-    """Centres of an image's patches as fractions of its height and width: float32 [rows * cols, 2], raster order."""
+def patch_cells(rows: int, cols: int) -> np.ndarray:
+    """`Rows.cell` of an image's patches: int32 [rows * cols, 4], raster order."""
     row, col = np.divmod(np.arange(rows * cols), cols)
-    return np.stack([(row + 0.5) / rows, (col + 0.5) / cols], axis=-1).astype(np.float32)
+    return np.stack([row, col, np.full_like(row, rows), np.full_like(col, cols)], axis=-1).astype(np.int32)
+
+
+def learnt_images(pieces: Sequence[Piece]) -> list[Piece]:
+    """What `layout.markers=False` leaves of a document."""
+    return [p for p in pieces if isinstance(p, ImagePiece) and p.learn]
 
 
 def laid_length(pieces: Sequence[Piece], plans: Sequence[ImagePlan], layout: config.Layout, end: bool = True) -> int:
     """Positions that `lay_out` will use, from lengths alone."""
+    if not layout.markers:
+        images = [p for p in pieces if isinstance(p, ImagePiece)]
+        return sum(_block_length(p, layout) * plan.noised for p, plan in zip(images, plans, strict=True))
     length, remaining = 1, iter(plans)
     for index, piece in enumerate(pieces):
         if isinstance(piece, TextPiece):
@@ -201,8 +211,12 @@ def laid_length(pieces: Sequence[Piece], plans: Sequence[ImagePlan], layout: con
             continue
         plan = next(remaining)
         closed = plan.clean or index + 1 < len(pieces)  # by [/IMG]
-        length += 3 + piece.patch_count * (int(plan.clean) + plan.noised) + int(closed)
+        length += 3 + piece.patch_count * int(plan.clean) + _block_length(piece, layout) * plan.noised + int(closed)
     return length + int(end and _closes(pieces, plans))
+
+
+def _block_length(piece: ImagePiece, layout: config.Layout) -> int:
+    return piece.patch_count + int(layout.time_token)
 
 
 def _closes(pieces: Sequence[Piece], plans: Sequence[ImagePlan]) -> bool:
@@ -248,32 +262,39 @@ def lay_out(
 
     def write_patches(piece: ImagePiece, number: int, where, context_end: int, block: bool) -> None:
         nonlocal t
-        stop = t + piece.patch_count
+        start = t + int(block and layout.time_token)
+        stop = start + piece.patch_count
+        row.tokens[t:start], row.position[t:start] = TIME, where.mean(axis=0)
         if piece.patches is not None:
-            row.patches[t:stop] = piece.patches
-        row.is_patch[t:stop], row.image[t:stop], row.position[t:stop] = True, number, where
-        row.place[t:stop] = patch_places(piece.grid_rows, piece.grid_cols)
+            row.patches[start:stop] = piece.patches
+        row.is_patch[start:stop], row.image[t:stop], row.position[start:stop] = True, number, where
+        row.cell[start:stop] = patch_cells(piece.grid_rows, piece.grid_cols)
         row.context_start[t:stop], row.context_end[t:stop] = 0, context_end
         if block:
             row.block_start[t:stop], row.block_end[t:stop] = t, stop
             row.noised[t:stop] = True
+            row.image_weight[start:stop] = 1 / (piece.patch_count * layout.noised_copies)
         t = stop
 
-    write([vocabulary.bos], 0.0)
     number, blocks = 0, []
+    if layout.markers:
+        write([vocabulary.bos], 0.0)
     for index, piece in enumerate(pieces):
         learn = float(piece.learn and not (dropped and index <= last_learnt))
         if isinstance(piece, TextPiece):
             write(piece.tokens, learn)
             continue
         plan, number = plans[number], number + 1
+        if not layout.markers:
+            where, _ = patch_positions(place, piece.grid_rows, piece.grid_cols, positions)
+            blocks += [(piece, number, where, 0)] * plan.noised
+            continue
         write([vocabulary.img, vocabulary.rows(piece.grid_rows), vocabulary.cols(piece.grid_cols)], learn)
         where, resume = patch_positions(place, piece.grid_rows, piece.grid_cols, positions)
         sized = t
         read = plan.clean or index + 1 < len(pieces)
         if layout.context == "noised" and plan.noised:
             write_patches(piece, number, where, sized, block=True)
-            row.image_weight[sized:t] = 1 / piece.patch_count
             row.max_u[sized:t] = layout.max_context_u if read else 1.0
         else:
             if plan.clean:
@@ -282,12 +303,10 @@ def lay_out(
         if read:
             place = resume - 1
             write([vocabulary.end_img], 0.0)
-    if end and _closes(pieces, plans):
+    if end and layout.markers and _closes(pieces, plans):
         write([vocabulary.eos], float(pieces[-1].learn) if pieces else 1.0)
     for piece, number, where, sized in blocks:
-        begin = t
         write_patches(piece, number, where, sized, block=True)
-        row.image_weight[begin:t] = 1 / (piece.patch_count * layout.noised_copies)
     return row, place
 
 
@@ -302,7 +321,7 @@ def empty_row(length: int, patch_values: int) -> Rows:
         image=zeros(np.int32),
         noised=zeros(bool),
         position=zeros(np.float32, 2),
-        place=zeros(np.float32, 2),
+        cell=zeros(np.int32, 4),
         context_start=here.copy(),
         context_end=here + 1,
         block_start=here.copy(),

@@ -23,7 +23,7 @@ from mmdiff import config
 from mmdiff.data.vocabulary import Vocabulary
 from mmdiff.document import Image
 from mmdiff.layout import ImagePiece, ImagePlan, Rows, TextPiece, lay_out, pack, patchify, stack
-from mmdiff.models.transfusion import Network
+from mmdiff.models.network import Network
 
 jax.config.update("jax_default_matmul_precision", "highest")
 flags.FLAGS.mark_as_parsed()  # absl's users complain when a test runner owns the command line
@@ -89,7 +89,7 @@ class Tiny:
 
 @functools.partial(jax.jit, static_argnames="network")
 def forward(network: Network, params, rows: Rows, z, u):
-    return network.bind(params)(rows.tokens, rows.is_patch, z, u, rows.place, rows.position, rows.mask)
+    return network.bind(params)(rows.tokens, rows.is_patch, z, u, rows.cell, rows.position, rows.mask)
 
 
 def picture(grid_rows: int, grid_cols: int, seed: int = 0) -> Image:

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from mmdiff import config
+from mmdiff import config_files
 from mmdiff.cli import main as command
 from mmdiff.cli.train import override, take_option, unknown_field
 from mmdiff.config import Config, ConfigError, Data, Diffusion, Layout, Mesh, Model, Optimizer, Sampling, Training
@@ -133,7 +133,7 @@ def test_tight_widths_warn():
 
 
 def test_field_names_are_dotted_and_complete():
-    names = config.field_names(Config)
+    names = config_files.field_names(Config)
     assert {"name", "model.width", "training.log_every", "data.path"} <= set(names)
     assert len(names) == len(set(names)) and "model" not in names
 
@@ -156,13 +156,13 @@ GOOD = "from mmdiff.config import *\ndef config():\n    return Config(model=Mode
 
 def test_an_experiment_may_have_several_configurations(experiment):
     path = experiment(GOOD + "def wide():\n    return Config(model=Model(width=128))\n")
-    assert config.load_experiment(f"{path}:wide") == Config(model=Model(width=128))
+    assert config_files.load_experiment(f"{path}:wide") == Config(model=Model(width=128))
     with pytest.raises(ConfigError, match=r"has no function `wade\(\) -> Config`; did you mean 'wide'\?"):
-        config.load_experiment(f"{path}:wade")
+        config_files.load_experiment(f"{path}:wade")
 
 
 def test_experiment_is_a_function(experiment):
-    assert config.load_experiment(experiment(GOOD)) == Config(model=Model(width=64))
+    assert config_files.load_experiment(experiment(GOOD)) == Config(model=Model(width=64))
 
 
 @pytest.mark.parametrize(
@@ -177,14 +177,14 @@ def test_experiment_is_a_function(experiment):
 )
 def test_bad_experiments_are_one_line(experiment, text, message):
     with pytest.raises(ConfigError, match=message) as refused:
-        config.load_experiment(experiment(text))
+        config_files.load_experiment(experiment(text))
     assert "\n" not in str(refused.value)
 
 
 def test_a_missing_experiment_gets_a_suggestion(experiment):
     path = experiment(GOOD)
     with pytest.raises(ConfigError, match=r"no experiment file .*tinny\.py.*did you mean .*tiny\.py"):
-        config.load_experiment(path.with_name("tinny.py"))
+        config_files.load_experiment(path.with_name("tinny.py"))
 
 
 # The command line.

@@ -17,7 +17,7 @@ from in_memory import InMemory
 from mmdiff import IMG, Document, Image, config
 from mmdiff.data.batches import Batches
 from mmdiff.data.vocabulary import Vocabulary
-from mmdiff.models.transfusion import Network
+from mmdiff.models.network import Network
 from mmdiff.sampling.generate import Model
 from mmdiff.training import state
 from mmdiff.training.optimizer import make_optimizer

@@ -4,7 +4,7 @@ import json
 import sys
 from typing import Any
 
-from mmdiff import config
+from mmdiff import config_files
 from mmdiff.cli.main import USAGE
 from mmdiff.cli.train import override, take_option, unknown_field
 
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     if problem:
         print(f"mmdiff plan: {problem}", file=sys.stderr)
         return USAGE
-    cfg = override(config.load_experiment(experiment), rest)
+    cfg = override(config_files.load_experiment(experiment), rest)
 
     import jax
 

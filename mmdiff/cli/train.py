@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tyro
 
-from mmdiff import config
+from mmdiff import config, config_files
 from mmdiff.cli.main import DIVERGED, NOT_SAVED, PREEMPTED, USAGE
 
 HELP = """usage: mmdiff train EXPERIMENT.py[:FUNCTION] --workdir DIR [--FIELD VALUE ...] [options]
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     process, rest = take_option(rest, "--process")
     strict = "--strict" in rest
     rest = [a for a in rest if a != "--strict"]
-    cfg = config.load_experiment(experiment)
+    cfg = config_files.load_experiment(experiment)
     if workdir is not None and "://" in workdir:
         raise config.ConfigError(f"--workdir {workdir}: give a path; mount the bucket (gcsfuse) or use a shared disk.")
     problem = None if "--fields" in rest else unknown_field(rest)
@@ -114,7 +114,7 @@ def take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]
 
 def unknown_field(arguments: list[str]) -> str | None:
     """A one-line complaint about the first option that names no field, or None."""
-    known = config.field_names(config.Config)
+    known = config_files.field_names(config.Config)
     for argument in arguments:
         if argument.startswith("--"):
             name = argument[2:].split("=")[0].replace("-", "_")

@@ -27,6 +27,7 @@ from mmdiff.layout import (
     drop_text,
     laid_length,
     lay_out,
+    learnt_images,
     pack,
     patchify,
     plan_images,
@@ -64,7 +65,8 @@ class Batches:
         self.source, self.vocabulary, self.cfg = source, vocabulary, cfg
         layout, data = cfg.layout, cfg.data
         drop, flip = (layout.text_drop, 0.5 * data.flip) if learn else (0.0, 0.0)
-        self.rates = (drop, layout.trailing_context, 0.5 * (data.order == "both"), flip)  # of each Choice
+        about_text = (drop, layout.trailing_context, 0.5 * (data.order == "both")) if layout.markers else (0.0, 0.0, 0.0)
+        self.rates = (*about_text, flip)  # of each Choice
         self.outlines = [self._outline(i) for i in range(len(source))]
         self._lengths = self._variant_lengths()
         self._ends: list[int] = []  # global number of the first row after each epoch counted so far
@@ -138,6 +140,7 @@ class Batches:
             pieces = [_flipped(p) if isinstance(p, ImagePiece) else p for p in pieces]
         if choice.drop:
             pieces = drop_text(pieces)
+        pieces = self._kept(pieces)
         plans = plan_images(pieces, self.cfg.layout, choice.trailing)
         model = self.cfg.model
         return lay_out(
@@ -190,6 +193,9 @@ class Batches:
             pieces.append(ImagePiece(None, height // patch, width // patch, learn))
         return pieces
 
+    def _kept(self, pieces: Sequence[Piece]) -> list[Piece]:
+        return list(pieces) if self.cfg.layout.markers else learnt_images(pieces)
+
     # Lengths and plans.
 
     def _variant_lengths(self) -> np.ndarray:
@@ -203,7 +209,7 @@ class Batches:
             lengths = []
             for pieces in self.outlines:
                 pieces = _swapped(pieces) if swap else pieces
-                pieces = drop_text(pieces) if drop else pieces
+                pieces = self._kept(drop_text(pieces) if drop else pieces)
                 lengths.append(laid_length(pieces, plan_images(pieces, layout, trailing), layout))
             variants[variant] = np.asarray(lengths)
         unused = np.zeros(len(self.outlines), int)
@@ -212,6 +218,8 @@ class Batches:
     def _check_lengths(self) -> None:
         longest = self._lengths.max(axis=0)
         worst, length = int(longest.argmax()), self.cfg.layout.row_length
+        if not longest.any():
+            raise DataError("layout.markers=False learns images alone, and no document holds one that is learnt.")
         if longest[worst] > length:
             raise DataError(
                 f"{self.source.where(worst)} needs {longest[worst]} positions but layout.row_length={length}: raise "

@@ -17,7 +17,7 @@ def row_patterns(lengths: np.ndarray, row_length: int) -> list[tuple[list[tuple[
       a list of (row, repeat): a row is a list of (length, number of documents of that length).
     """
     counts = np.bincount(lengths)
-    sizes = np.flatnonzero(counts)[::-1].tolist()
+    sizes = [size for size in np.flatnonzero(counts)[::-1].tolist() if size]
     left = {size: int(counts[size]) for size in sizes}
     patterns = []
     while sizes:
@@ -46,7 +46,7 @@ def pack_plan(lengths: np.ndarray, row_length: int, rng: np.random.Generator) ->
     """Partition documents into rows.
 
     Args:
-      lengths: int [documents], each from 1 to `row_length`.
+      lengths: int [documents], each at most `row_length`; what has no length stands in no row.
       rng: decides the order among documents of equal length, and the order of the rows and within them.
     Returns:
       arrays of document numbers, one per row, each with total length at most `row_length`.

@@ -4,8 +4,10 @@ A grid of n intervals has n + 1 decreasing levels, the last one 0:
 
     (1) uniform_logsnr   sigma_i = sigma_max (sigma_min / sigma_max)^(i / (n-1)), i < n; then 0
     (2) uniform_u        sigma_i = u_i / (1 - u_i), u_i = u_0 (1 - i/n), u_0 = sigma_max / (1 + sigma_max)
+    (3) ddpm_table       sigma_i = entry 1000 - floor(1000 i / n) of the table of the DDPM schedule (schedule.py)
 
-(2) does not use sigma_min. (1) suits solvers that remember earlier evaluations, (2) the others and very few steps.
+(2) does not use sigma_min, (3) neither of the two: with n = 1000 it is the whole table. (1) suits solvers that remember
+earlier evaluations, (2) the others and very few steps.
 
 The user's `steps` is a budget of network evaluations (NFE). A solver with one evaluation per interval gets as many
 intervals; midpoint and heun spend two on every interval but the last, 2n - 1 on n intervals. A shift multiplies every
@@ -16,7 +18,9 @@ Grids are host data: NumPy, float64.
 
 import numpy as np
 
-ONE_STAGE = ("ddim", "dpmpp_2m", "unipc2", "ddpm")
+from mmdiff.diffusion.schedule import DDPM_LEVELS
+
+ONE_STAGE = ("ddim", "dpmpp_2m", "unipc2", "ddpm", "ddpm_large")
 TWO_STAGE = ("midpoint", "heun")
 
 
@@ -46,7 +50,7 @@ def make_grid(kind: str, steps: int, sigma_max: float, sigma_min: float, shift: 
     """Noise levels of `steps` intervals, from `shift * sigma_max` to 0.
 
     Args:
-      kind: "uniform_logsnr" or "uniform_u".
+      kind: "uniform_logsnr", "uniform_u" or "ddpm_table".
       steps: number of intervals (see `intervals`).
       sigma_max, sigma_min: largest and smallest positive level before the shift.
       shift: multiplies every level.
@@ -67,6 +71,11 @@ def make_grid(kind: str, steps: int, sigma_max: float, sigma_min: float, shift: 
         case "uniform_u":
             u = np.linspace(sigma_max / (1 + sigma_max), 0, steps + 1)[:-1]
             levels = u / (1 - u)
+        case "ddpm_table":
+            count = len(DDPM_LEVELS)
+            if steps > count:
+                raise ValueError(f"grid 'ddpm_table' has {count} levels, which {steps} steps exceed.")
+            levels = DDPM_LEVELS[count - 1 - np.arange(steps) * count // steps]
         case _:
-            raise ValueError(f"unknown grid {kind!r}; known: uniform_logsnr, uniform_u.")
+            raise ValueError(f"unknown grid {kind!r}; known: uniform_logsnr, uniform_u, ddpm_table.")
     return np.append(shift * levels, 0.0)

@@ -6,6 +6,7 @@ h = log(s/t) and h' the h before it:
 
     (1) ddim        X <- (t/s) X + (1 - t/s) D                                    (= Euler steps of the flow)
     (2) ddpm        X <- (t/s)^2 X + (1 - (t/s)^2) D + t sqrt(1 - (t/s)^2) noise  (ancestral)
+        ddpm_large  the same with noise of size sqrt((s^2 - t^2) (1 + t^2) / (1 + s^2)), the upper one of DDPM's two choices
     (3) dpmpp_2m    X <- (t/s) X + (1 - t/s) (D + h/(2h') (D - D'))               (first step: ddim)
     (4) unipc2      predict by (3); with M = denoise at the predicted X, which is also the next step's D, correct to
                     X <- (t/s) X - e (D + c1 (D' - D)/r + c2 (M - D)),   e = exp(-h) - 1,  r = -h'/h,
@@ -56,17 +57,18 @@ def solve(denoise: Denoise, x_init: jax.Array, sigmas: np.ndarray, solver: str, 
       denoise: (X, sigma) -> x_hat; sigma is a traced scalar. To clamp known values, clamp what it returns.
       x_init: sigmas[0] * standard normal noise.
       sigmas: concrete decreasing levels ending with 0 (`grids.make_grid`).
-      solver: one of ddim, midpoint, heun, dpmpp_2m, unipc2, ddpm.
+      solver: one of ddim, midpoint, heun, dpmpp_2m, unipc2, ddpm, ddpm_large.
       noise: step -> standard normal noise like x_init, different for every step (fold the traced step into a key);
-        ddpm needs it, the others never call it.
+        ddpm and ddpm_large need it, the others never call it.
     Returns:
       x_hat of the last evaluation, shape of x_init.
     Raises:
       ValueError: unknown solver, a grid that does not decrease to 0, or ddpm without noise.
     """
-    if solver == "ddpm" and noise is None:
-        raise ValueError("solver 'ddpm' is stochastic: pass noise(step), for example by folding the step into a key.")
-    return integrate(denoise, x_init, make_table(solver, sigmas), noise if solver == "ddpm" else None)
+    random = solver in ("ddpm", "ddpm_large")
+    if random and noise is None:
+        raise ValueError(f"solver {solver!r} is stochastic: pass noise(step), for example by folding the step into a key.")
+    return integrate(denoise, x_init, make_table(solver, sigmas), noise if random else None)
 
 
 def integrate(denoise: Denoise, x_init: jax.Array, table: Table, noise: Noise | None = None) -> jax.Array:
@@ -111,6 +113,10 @@ def make_table(solver: str, sigmas: np.ndarray) -> Table:
             return _one_stage(sigmas, _first_order(keep))
         case "ddpm":
             return _one_stage(sigmas, _first_order(keep**2), noise_scale=sigmas[1:] * np.sqrt(1 - keep**2))
+        case "ddpm_large":
+            s, t = sigmas[:-1], sigmas[1:]
+            size = np.sqrt((s**2 - t**2) * (1 + t**2) / (1 + s**2))
+            return _one_stage(sigmas, _first_order(keep**2), noise_scale=size)
         case "dpmpp_2m":
             return _one_stage(sigmas, _second_order(sigmas))
         case "unipc2":

@@ -116,8 +116,8 @@ def _generated(generator: str, kind: str) -> Callable[[Task], bool]:
 
 
 def _has_text(task: Task) -> bool:
-    """Whether any of the first held-out documents holds a text."""
-    return any(isinstance(segment, Text) for segment in _segments(task))
+    """Whether any of the first held-out documents holds a text that the model could read or write."""
+    return task.model.cfg.layout.markers and any(isinstance(segment, Text) for segment in _segments(task))
 
 
 def _has_image(task: Task) -> bool:

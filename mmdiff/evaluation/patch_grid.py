@@ -17,7 +17,7 @@ from mmdiff.evaluation.task import Task
 
 def patch_grid_ratio(task: Task) -> dict[str, float]:
     """`patch_grid_ratio`: g of generated images / g of the real ones; `patch_grid_ratio_real`: g of the real ones."""
-    wanted = drawings(task.source, task.count, task.both_orders)
+    wanted = drawings(task.source, task.model.cfg, task.count)
     if not wanted:
         raise DataError("patch_grid_ratio: the held-out data has no image that is drawn.")
     patch = task.model.cfg.model.patch

@@ -36,7 +36,7 @@ def phrase_accuracy(task: Task) -> dict[str, float]:
     """For each group, named by its first phrase: `phrase_accuracy_<name>` and `phrase_majority_<name>`."""
     if not task.phrases:
         raise ConfigError("phrase_accuracy needs phrases, for example --phrases 'black hair|brown hair;smiling'.")
-    found = pictures(task.source, task.count, task.both_orders)
+    found = pictures(task.source, task.model.cfg, task.count)
     written = task.describe([Document(image) for image, _ in found])
     result: dict[str, float] = {}
     for group in task.phrases:

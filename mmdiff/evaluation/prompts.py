@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mmdiff import config
 from mmdiff.document import IMG, Document, Image, Text
 
 
@@ -15,18 +16,20 @@ class Drawing(NamedTuple):
     image: Image
 
 
-def drawings(source, count: int, both: bool = False) -> list[Drawing]:
-    """The first learnt image of each document, with what stands before it; at most `count`.
+def drawings(source, cfg: config.Config, count: int) -> list[Drawing]:
+    """The first learnt image of each document of `source`, with what stands before it; at most `count`.
 
-    Args:
-      source: documents, by index. both: pairs of one image and one text are learnt in either order (data.order).
+    With `data.order="both"` the text of a pair stands before its image; a model of images alone is told nothing.
     """
+    both = cfg.data.order == "both"
     found: list[Drawing] = []
     for document in _documents(source):
         for place, segment in enumerate(document.segments):
             if isinstance(segment, Image) and segment.learn:
                 swap = both and place == 0 and len(document.segments) == 2
                 before = document.segments[1:] if swap else document.segments[:place]
+                if not cfg.layout.markers:
+                    before = []
                 found.append(Drawing(Document(*before, IMG), segment))
                 break
         if len(found) == count:
@@ -34,8 +37,9 @@ def drawings(source, count: int, both: bool = False) -> list[Drawing]:
     return found
 
 
-def pictures(source, count: int, both: bool = False) -> list[tuple[Image, str]]:
-    """Images that a text follows (or, with `both`, that one goes with), and that text; at most `count`."""
+def pictures(source, cfg: config.Config, count: int) -> list[tuple[Image, str]]:
+    """Images that a text follows (or, with `data.order="both"`, that one goes with), and that text; at most `count`."""
+    both = cfg.data.order == "both"
     found: list[tuple[Image, str]] = []
     for document in _documents(source):
         swap = both and len(document.segments) == 2 and isinstance(document.segments[1], Image)

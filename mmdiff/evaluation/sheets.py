@@ -27,22 +27,40 @@ def sample_sheet(model, batches, path: str | Path | None, count: int = 8) -> np.
 
     Prompts are `sampling.prompts`, or what stands before images in the data. Keys are fixed, so sheets of one run compare.
     """
-    both = batches.cfg.data.order == "both"
-    wanted = [d for d in drawings(batches.source, 4 * count, both) if not d.prompt.images][:count]
+    cfg = model.cfg
+    if not cfg.layout.markers:
+        return _save(_images_alone(model, batches.source, 2 * count), path)
+    wanted = [d for d in drawings(batches.source, cfg, 4 * count) if not d.prompt.images][:count]
     prompts = [d.prompt for d in wanted]
-    if model.cfg.sampling.prompts:
-        prompts = [Document(p, IMG) for p in model.cfg.sampling.prompts[:count]]
+    if cfg.sampling.prompts:
+        prompts = [Document(p, IMG) for p in cfg.sampling.prompts[:count]]
     bands = []
     if prompts:
         size = (wanted[0].image.height, wanted[0].image.width) if wanted else None
         drawn = model.generate(prompts, seed=0, max_tokens=0, image_size=size)
         bands.append(band("drawn from the text below", [(d.images[-1].pixels, "".join(d.texts)) for d in drawn]))
-    shown = [image for image, _ in pictures(batches.source, count, both)]
+    shown = [image for image, _ in pictures(batches.source, cfg, count)]
     if shown:
         told = model.generate([Document(image) for image in shown], seed=0, temperature=0.0, max_images=0)
         cells = [(i.pixels, "".join(t.texts) or "(nothing)") for i, t in zip(shown, told, strict=True)]
         bands.append(band("described by the model", cells))
     return _save(stacked(bands), path)
+
+
+def _images_alone(model, source, count: int) -> PIL.Image.Image:
+    """What a model without text draws, in rows of half of them, and held-out images of the same size."""
+    wanted = drawings(source, model.cfg, count)
+    real = [d.image.pixels for d in wanted]
+    size = real[0].shape[:2] if real else None
+    drawn = model.generate([Document(IMG)] * count, seed=0, image_size=size)
+    half = count // 2
+    rows = {"drawn": [d.images[-1].pixels for d in drawn], "held out": real}
+    bands = [
+        band(title if start == 0 else "", [(pixels, "") for pixels in images[start : start + half]])
+        for title, images in rows.items()
+        for start in range(0, len(images), half)
+    ]
+    return stacked(bands)
 
 
 def document_sheet(documents: Sequence[Document], path: str | Path) -> np.ndarray:

@@ -45,10 +45,6 @@ class Task:
         rows = model.cfg.training.validation_rows or VALIDATION_ROWS
         return validate(model.network, model.cfg, model.params, batches, rows)
 
-    @property
-    def both_orders(self) -> bool:
-        return self.model.cfg.data.order == "both"
-
     def draw(self, wanted: Sequence[Drawing]) -> list[np.ndarray]:
         return prompts.draw(self.model, wanted, **self.drawing | {"seed": self.seed})
 

@@ -1,35 +1,34 @@
 """The network: a pre-norm residual stack over one sequence of text tokens and raw patches.
 
     x = token embedding (text) | patch projection + time embedding (patches)
-    x <- block(x), depth times
+    x <- block(x), depth times             long skips, if any, join the inputs of the first half to the second
     text logits = RMSNorm(x) W_vocabulary          patch prediction: mmdiff/models/patches.py
 
 Layers are stacked: every parameter of `blocks` has a leading layer axis, and a training pass scans over it. Short stacks
 are unrolled on CPU, where a scan costs a quarter of the step; sampling always works on single layers (`separate`).
 
-Everywhere else the model is a pair (graphdef, params) with `params` a plain nested dict; `Network` holds the first.
 Letters: b rows, t positions, s cached positions, l layers, d width, v vocabulary, p patch values.
 """
 
-import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from mmdiff import config
-from mmdiff.layout import IntervalMask
-from mmdiff.models.patches import RawPatches
+from mmdiff.layout import TIME, IntervalMask
+from mmdiff.models.patches import TIME_FREQUENCIES, RawPatches, time_features
+from mmdiff.nn.around import TIME_WIDTH, Around
 from mmdiff.nn.attention import Growing, KeyValue
 from mmdiff.nn.attention_tiled import SAVED
 from mmdiff.nn.gau import GatedAttentionUnit
 from mmdiff.nn.layers import GATHERED, Linear, RMSNorm, gather, parameter
 from mmdiff.nn.rope import rotation
 from mmdiff.nn.transformer_block import TransformerBlock
-from mmdiff.parallel.sharding import NOWHERE, Axes, Placement
+from mmdiff.parallel.sharding import NOWHERE, Placement
 
 UNROLL_LIMIT = 24  # layers; above it compile time matters more than a faster step
 LOGITS_LIMIT = 2**24  # logits of one row that a device holds at a time; longer rows are worked through in pieces
@@ -50,6 +49,35 @@ KEPT = {  # what the backward pass finds instead of recomputing it, by model.rem
 }
 
 
+class Embedded(NamedTuple):
+    """What enters the stack."""
+
+    x: jax.Array  # [b, t, d]
+    time: jax.Array | None = None  # [b, t, TIME_WIDTH], with model.time="adaln"
+
+
+class Skip(nnx.Module):
+    """Joins x [b, t, d] in the second half of the layers with an input of the first half.
+
+    concat   x <- [x, early] W          Source: U-ViT, arXiv 2209.12152. Starts as x.
+    lerp     x <- early + a (x - early), a learned scalar      Source: HDiT, arXiv 2401.11605. Starts half way.
+    """
+
+    def __init__(self, cfg: config.Model, rngs: nnx.Rngs, place: Placement = NOWHERE):
+        self.kind = cfg.skip
+        if cfg.skip == "concat":
+            self.linear = Linear(2 * cfg.width, cfg.width, rngs, axes=(None, "width"), place=place)
+            own = jnp.eye(2 * cfg.width, cfg.width, dtype=jnp.float32)
+            self.linear.kernel[...] = own + 0.02 * self.linear.kernel[...]
+        else:
+            self.mix = parameter(jnp.full((), 0.5, jnp.float32), ())
+
+    def __call__(self, x: jax.Array, early: jax.Array) -> jax.Array:
+        if self.kind == "concat":
+            return self.linear(jnp.concatenate([x, early], axis=-1))
+        return early + self.mix[...].astype(x.dtype) * (x - early)
+
+
 class Transfusion(nnx.Module):
     def __init__(self, cfg: config.Model, vocabulary_size: int, rngs: nnx.Rngs, place: Placement = NOWHERE):
         self.cfg, self.vocabulary_size, self.place = cfg, vocabulary_size, place
@@ -57,25 +85,38 @@ class Transfusion(nnx.Module):
         block = GatedAttentionUnit if cfg.block == "gau" else TransformerBlock
         layer_keys = jax.random.split(rngs.params(), cfg.depth)
         table = jax.random.normal(rngs.params(), (words, cfg.width)) * 0.02
-        self.text_embedding = parameter(table, ("vocabulary", "width"))
+        if vocabulary_size:
+            self.text_embedding = parameter(table, ("vocabulary", "width"))
         self.image = RawPatches(cfg, rngs, place)
         self.blocks = jax.vmap(lambda key: block(cfg, nnx.Rngs(params=key), place))(layer_keys)
-        self.norm = RMSNorm(cfg.width)
-        if not cfg.tie_embeddings:
+        if cfg.skip != "none":
+            skip_keys = jax.random.split(rngs.params(), cfg.depth // 2)
+            self.skips = jax.vmap(lambda key: Skip(cfg, nnx.Rngs(params=key), place))(skip_keys)
+        if cfg.time == "adaln":
+            self.time_in = Linear(1 + 2 * TIME_FREQUENCIES, TIME_WIDTH, rngs, axes=(None, None), place=place)
+        if vocabulary_size:
+            self.norm = RMSNorm(cfg.width)
+        if vocabulary_size and not cfg.tie_embeddings:
             self.text_out = Linear(cfg.width, words, rngs, axes=("width", "vocabulary"), gain=0.0, place=place)
 
-    def embed(self, tokens, is_patch, z, u, place) -> jax.Array:
-        """tokens, is_patch, u [b, t], z [b, t, p], place [b, t, 2] to the stack's input [b, t, d], in the compute type."""
+    def embed(self, tokens, is_patch, z, u, cell) -> Embedded:
+        """tokens, is_patch, u [b, t], z [b, t, p], cell [b, t, 4] to the stack's input, in the compute type."""
         dtype = compute_type(self.cfg, self.place)
-        text = gather(self.text_embedding, dtype, self.place)[tokens] * (
-            self.cfg.width**0.5 if self.cfg.tie_embeddings else 1.0
-        )
-        x = jnp.where(is_patch[..., None], self.image.embed(z, u, place).astype(dtype), text)
-        return self.place(x, "rows", None, None)
+        x = self.image.embed(z, u, cell).astype(dtype)
+        if self.vocabulary_size:
+            scale = self.cfg.width**0.5 if self.cfg.tie_embeddings else 1.0
+            text = gather(self.text_embedding, dtype, self.place)[tokens] * scale
+            x = jnp.where(is_patch[..., None], x, text)
+        if self.cfg.time == "token":
+            x = jnp.where((tokens == TIME)[..., None], self.image.time_in(u).astype(dtype), x)
+        time = None
+        if self.cfg.time == "adaln":
+            time = jax.nn.silu(self.time_in(time_features(u))).astype(dtype)
+        return Embedded(self.place(x, "rows", None, None), time)
 
     def stack(
         self,
-        x: jax.Array,
+        embedded: Embedded,
         position: jax.Array,
         mask: IntervalMask,
         context: tuple[KeyValue | Growing, ...] | None = None,
@@ -84,28 +125,48 @@ class Transfusion(nnx.Module):
         """Run the layers.
 
         Args:
-          x: [b, t, d]; position: [b, t, 2]; mask: [b, t] over s cached keys followed by t own keys.
+          embedded: of t positions; position: [b, t, 2]; mask: [b, t] over s cached keys followed by t own keys.
           context: per layer, the keys and values [b, h, s, .] that stand before x.
           keep: also return the keys and values of x, per layer [b, h, t, .] (see attention.join).
         """
-        width = self.cfg.key_width if self.cfg.block == "gau" else self.cfg.head_width
-        angles = rotation(position, width, self.cfg.rope_base)
+        cfg, x = self.cfg, embedded.x
+        width = cfg.key_width if cfg.block == "gau" else cfg.head_width
+        angles = rotation(position, width, cfg.rope_base) if cfg.rope == "axial" else None
+        around = Around(position, angles, mask, embedded.time)
 
         def layer(x, block, before=None):
-            x, kept = block(x, angles, mask, before)
+            x, kept = block(x, around, before)
             return self.place(x, "rows", None, None), kept
 
-        stacked = not isinstance(jax.tree.leaves(self.blocks, is_leaf=_is_layers)[0], tuple)
+        stacked = not isinstance(jax.tree.leaves(self.blocks, is_leaf=is_layers)[0], tuple)
         scanned = stacked and context is None and not keep and not unrolled(self.cfg, self.place)
         if self.cfg.remat != "none" or self.place.split:
             layer = jax.checkpoint(layer, policy=KEPT[self.cfg.remat], prevent_cse=not scanned)
         if scanned:
-            return jax.lax.scan(lambda x, block: (layer(x, block)[0], None), x, self.blocks)
-        kept = []
-        for index, block in enumerate(unstack(self.blocks, self.cfg.depth)):
+            return self._scan(layer, x), None
+        kept: list[Any] = []
+        inputs: list[jax.Array] = []
+        skips = unstack(self.skips, cfg.depth // 2) if cfg.skip != "none" else []
+        for index, block in enumerate(unstack(self.blocks, cfg.depth)):
+            if skips and index >= cfg.depth - len(skips):
+                x = skips[index - (cfg.depth - len(skips))](x, inputs[cfg.depth - 1 - index])
+            inputs.append(x)
             x, own = layer(x, block, context[index] if context is not None else None)
             kept.append(own)
         return x, tuple(kept) if keep else None
+
+    def _scan(self, layer, x: jax.Array) -> jax.Array:
+        """All layers on [b, t, d], one compiled body."""
+        step = lambda x, block: (layer(x, block)[0], x)
+        plain = lambda x, block: (layer(x, block)[0], None)
+        if self.cfg.skip == "none":
+            return jax.lax.scan(plain, x, self.blocks)[0]
+        half, depth = self.cfg.depth // 2, self.cfg.depth
+        part = lambda start, stop: jax.tree.map(lambda a: a[start:stop], self.blocks)
+        joined = lambda x, it: (layer(it[1](x, it[2]), it[0])[0], None)
+        x, inputs = jax.lax.scan(step, x, part(0, half))
+        x, _ = jax.lax.scan(plain, x, part(half, depth - half))
+        return jax.lax.scan(joined, x, (part(depth - half, depth), self.skips, inputs[::-1]))[0]
 
     def text_logits(self, hidden: jax.Array) -> jax.Array:
         """[..., d] to float32 [..., v]."""
@@ -133,14 +194,18 @@ class Transfusion(nnx.Module):
             nats = jax.shard_map(nats, mesh=place.mesh, in_specs=specs, out_specs=by_row, check_vma=False)
         return nats(self.norm(hidden), kernel, targets)
 
-    def hidden(self, tokens, is_patch, z, u, place, position, mask: IntervalMask) -> jax.Array:
-        """A whole row without cache: final hidden states [b, t, d]."""
-        return self.stack(self.embed(tokens, is_patch, z, u, place), position, mask)[0]
+    def hidden(self, tokens, is_patch, z, u, cell, position, mask: IntervalMask, context=None) -> jax.Array:
+        """Final hidden states [b, t, d] of positions behind `context`, the keys and values of each layer (as of `stack`)."""
+        return self.stack(self.embed(tokens, is_patch, z, u, cell), position, mask, context)[0]
 
-    def __call__(self, *row) -> tuple[jax.Array, jax.Array]:
-        """Text logits float32 [b, t, v] and patch predictions float32 [b, t, p]; arguments as of `hidden`."""
-        hidden = self.hidden(*row)
-        return self.text_logits(hidden), self.image.predict(hidden)
+    def predict(self, hidden: jax.Array, cell: jax.Array) -> jax.Array:
+        """Final hidden states [b, t, d] of patches in cells [b, t, 4] to what they predict (x, eps or v), float32 [b, t, p]."""
+        return self.image.predict(hidden, cell)
+
+    def __call__(self, tokens, is_patch, z, u, cell, position, mask: IntervalMask) -> tuple[jax.Array, jax.Array]:
+        """Text logits float32 [b, t, v] and patch predictions float32 [b, t, p] of whole rows."""
+        hidden = self.hidden(tokens, is_patch, z, u, cell, position, mask)
+        return self.text_logits(hidden), self.predict(hidden, cell)
 
 
 def _logits(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -188,89 +253,13 @@ def unrolled(cfg: config.Model, place: Placement) -> bool:
     return platform(place) == "cpu" and cfg.depth <= UNROLL_LIMIT
 
 
-def _is_layers(leaf: Any) -> bool:
+def is_layers(leaf: Any) -> bool:
     return type(leaf) is tuple
 
 
 def unstack(blocks: Any, depth: int) -> list[Any]:
     """Stacked layers (leaves [depth, ...], or tuples of `depth` arrays) as a list of single ones."""
-    leaves, structure = jax.tree.flatten(blocks, is_leaf=_is_layers)
+    leaves, structure = jax.tree.flatten(blocks, is_leaf=is_layers)
     # split, not indexing: its gradient is one concatenation instead of `depth` padded sums
-    parts = [leaf if _is_layers(leaf) else [part[0] for part in jax.lax.split(leaf, (1,) * depth)] for leaf in leaves]
+    parts = [leaf if is_layers(leaf) else [part[0] for part in jax.lax.split(leaf, (1,) * depth)] for leaf in leaves]
     return [jax.tree.unflatten(structure, [part[index] for part in parts]) for index in range(depth)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """The architecture without its parameters; hashable, so jit can close over it. `mesh`: see mmdiff/parallel/sharding.py."""
-
-    cfg: config.Model
-    vocabulary_size: int
-    mesh: Mesh | None = None
-
-    @property
-    def place(self) -> Placement:
-        return Placement(self.mesh)
-
-    @property
-    def head(self) -> tuple[int, int, int]:
-        """Heads, key width and value width of a cache entry."""
-        cfg = self.cfg
-        if cfg.block == "gau":
-            return 1, cfg.key_width, cfg.expansion * cfg.width
-        return cfg.width // cfg.head_width, cfg.head_width, cfg.head_width
-
-    @property
-    def cache_axes(self) -> tuple[Axes, Axes]:
-        """Names of the axes of cached keys and values [b, h, s, .]."""
-        if self.cfg.block == "gau":
-            return ("rows", None, None, None), ("rows", None, None, "expansion")
-        return ("rows", "heads", None, None), ("rows", "heads", None, None)
-
-    @property
-    def compute_type(self):
-        return compute_type(self.cfg, self.place)
-
-    @property
-    def unrolled(self) -> bool:
-        return unrolled(self.cfg, self.place)
-
-    def _module(self, key=0) -> Transfusion:
-        return Transfusion(self.cfg, self.vocabulary_size, nnx.Rngs(params=key), self.place)
-
-    def init(self, key: jax.Array) -> dict[str, Any]:
-        """Fresh parameters: a plain nested dict of float32 arrays."""
-        return nnx.to_pure_dict(nnx.state(self._module(key)))
-
-    @functools.lru_cache  # noqa: B019  networks are few
-    def axes(self) -> dict[str, Any]:
-        """The names of every parameter's axes: a tuple where `init` has an array."""
-        variables = nnx.state(nnx.eval_shape(self._module))
-        named = lambda path, v: (*[None] * (v.ndim - len(v.get_metadata()["axes"])), *v.get_metadata()["axes"])
-        return nnx.to_pure_dict(nnx.map_state(named, variables))
-
-    def stored(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Parameters, or anything of their structure, told to XLA to lie as stored parameters do; call it inside jit."""
-
-        def constrain(leaf, axes):
-            return tuple(self.place(a, *axes[1:]) for a in leaf) if _is_layers(leaf) else self.place(leaf, *axes)
-
-        return jax.tree.map(constrain, params, self.axes(), is_leaf=_is_layers)
-
-    def separate(self, params: dict[str, Any]) -> dict[str, Any]:
-        """The same parameters with a tuple of per-layer arrays for each stacked one; `restack` undoes it.
-
-        Sampling takes them so: a program that reads few positions would spend half its time cutting up stacked arrays.
-        """
-        split = lambda leaf: leaf if _is_layers(leaf) else tuple(leaf[i] for i in range(self.cfg.depth))
-        layers = jax.tree.map(split, params["blocks"], is_leaf=_is_layers)
-        return params | {"blocks": layers}
-
-    def restack(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Tuples of per-layer arrays as stacked ones; also for anything of the parameters' structure, as gradients."""
-        stack = lambda leaf: jnp.stack(leaf) if _is_layers(leaf) else leaf
-        return params | {"blocks": jax.tree.map(stack, params["blocks"], is_leaf=_is_layers)}
-
-    def bind(self, params: dict[str, Any]) -> Transfusion:
-        """The module with these parameters."""
-        return nnx.merge(nnx.graphdef(nnx.eval_shape(self._module)), params)

@@ -30,7 +30,7 @@ def gather(parameter: nnx.Param, dtype, place: Placement) -> jax.Array:
 
 
 class Linear(nnx.Module):
-    """y = x W, no bias. W is [inputs, *outputs], scaled so that unit variance stays unit variance (times `gain`)."""
+    """y = x W (+ bias). W is [inputs, *outputs], scaled so that unit variance stays unit variance (times `gain`)."""
 
     def __init__(
         self,
@@ -40,19 +40,23 @@ class Linear(nnx.Module):
         *,
         axes: Axes,
         gain: float = 1.0,
+        bias: bool = False,
         place: Placement = NOWHERE,
     ):
         outputs = (outputs,) if isinstance(outputs, int) else outputs
         kernel = jax.random.normal(rngs.params(), (inputs, *outputs), jnp.float32) * (gain * inputs**-0.5)
         self.kernel = parameter(kernel, axes)
-        self.place = place
+        if bias:
+            self.bias = parameter(jnp.zeros(outputs, jnp.float32), axes[1:])
+        self.has_bias, self.place = bias, place
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., inputs] to [..., *outputs]."""
         kernel = gather(self.kernel, x.dtype, self.place)
         # flat: with more than one leading axis XLA's CPU backend transposes a copy for the kernel's gradient
         flat = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())))
-        return flat.reshape(*x.shape[:-1], *kernel.shape[1:])
+        y = flat.reshape(*x.shape[:-1], *kernel.shape[1:])
+        return y + gather(self.bias, x.dtype, self.place) if self.has_bias else y
 
 
 class RMSNorm(nnx.Module):

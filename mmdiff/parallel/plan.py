@@ -11,7 +11,6 @@ any number of devices. Roofline, a lower bound on the time of a step with everyt
 """
 
 import dataclasses
-import functools
 import math
 import os
 import re
@@ -27,7 +26,7 @@ from mmdiff import config
 from mmdiff.data.vocabulary import Vocabulary
 from mmdiff.diffusion import grids, solvers
 from mmdiff.layout import Rows, empty_row
-from mmdiff.models.transfusion import Network
+from mmdiff.models.network import Network
 from mmdiff.nn.attention import KeyValue
 from mmdiff.parallel.chips import chip_of, chips
 from mmdiff.parallel.hlo import traffic
@@ -38,7 +37,7 @@ from mmdiff.sampling.image import Canvas, Guidance, draw
 from mmdiff.training import flops
 from mmdiff.training import state as train_state
 from mmdiff.training.optimizer import make_optimizer
-from mmdiff.training.step import compile_train_step, loss_sums, make_train_step
+from mmdiff.training.step import compile_train_step, make_train_step
 
 
 def topology_devices(name: str) -> list[jax.Device]:
@@ -94,7 +93,7 @@ def plan(cfg: config.Config, devices: list[jax.Device], vocabulary_size: int, sa
         "rows_per_device": cfg.training.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"]),
         "hbm_capacity_bytes": chip.memory * count / len(devices) if chip else None,
     }
-    params = jax.eval_shape(Network(cfg.model, vocabulary_size).init, jax.random.key(0))
+    params = jax.eval_shape(Network.of(cfg, vocabulary_size).init, jax.random.key(0))
     report["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(params))
     report |= _training(cfg, mesh, vocabulary_size)
     report["fits"] = _fits(report)
@@ -160,7 +159,7 @@ def abstract_rows(cfg: config.Config, mesh: Mesh) -> Rows:
 
 
 def _training(cfg: config.Config, mesh: Mesh, vocabulary_size: int) -> dict[str, Any]:
-    network = Network(cfg.model, vocabulary_size, mesh)
+    network = Network.of(cfg, vocabulary_size, mesh)
     state, rows = abstract_state(cfg, network, mesh), abstract_rows(cfg, mesh)
     return _compiled(lambda: compile_train_step(network, cfg, _tx(cfg), state, rows))
 
@@ -209,18 +208,17 @@ def _fits(report: dict[str, Any]) -> bool | None:
 def _operations(cfg: config.Config, vocabulary_size: int) -> dict[str, float]:
     """Counted on whole arrays, with attention in its dense form: kernels hide what they compute.
 
-    The model's own operations are three times those of its forward pass; executed are those of the whole step.
+    The model's own operations are three times those of its forward pass; executed are those of the whole step, with what
+    it computes again.
     """
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention="dense"))
-    network = Network(cfg.model, vocabulary_size)
+    network = Network.of(cfg, vocabulary_size)
     state = jax.eval_shape(lambda: train_state.create(network.init(jax.random.key(0)), _tx(cfg), 0))
     row = empty_row(cfg.layout.row_length, 3 * cfg.model.patch**2)
     rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((cfg.training.batch_size, *a.shape), a.dtype), row)
-    time, noise = (jax.ShapeDtypeStruct(getattr(rows, name).shape, jnp.float32) for name in ("tokens", "patches"))
-    forward = functools.partial(loss_sums, network, cfg.diffusion)
     return {
-        "flops_per_step": 3 * flops.counted_flops(forward, state.params, rows, time, noise),
-        "flops_per_step_by_hand": flops.training_flops(cfg, vocabulary_size),
+        "flops_per_step": flops.training_flops(cfg, vocabulary_size),
+        "flops_per_step_by_hand": flops.flops_by_hand(cfg, vocabulary_size),
         "executed_flops_per_step": flops.counted_flops(make_train_step(network, cfg, _tx(cfg)), state, rows),
         "tokens_per_step": cfg.training.batch_size * cfg.layout.row_length,
     }
@@ -244,7 +242,7 @@ def _roofline(report: dict[str, Any], chip, count: float) -> dict[str, Any]:
 
 def _sampling(cfg: config.Config, mesh: Mesh, vocabulary_size: int) -> dict[str, Any]:
     """The program that draws one guided image for each of as many documents as the mesh splits rows into."""
-    network = Network(cfg.model, vocabulary_size, mesh)
+    network = Network.of(cfg, vocabulary_size, mesh)
     place, sampling = network.place, cfg.sampling
     documents = mesh.shape["data"] * mesh.shape["fsdp"]
     patches = math.prod(side // cfg.model.patch for side in cfg.data.image_size or (256, 256))
@@ -260,10 +258,10 @@ def _sampling(cfg: config.Config, mesh: Mesh, vocabulary_size: int) -> dict[str,
             for width, axes in zip(widths, network.cache_axes, strict=True)
         )
     )
-    cache = Cache((layer,) * cfg.model.depth, abstract((documents,), jnp.int32, "rows"))
+    cache = Cache((layer,) * network.cached_layers, abstract((documents,), jnp.int32, "rows"))
     canvas = Canvas(
         abstract((2, documents, patches, 2), jnp.float32, None, "rows"),
-        abstract((documents, patches, 2), jnp.float32, "rows"),
+        abstract((documents, patches, 4), jnp.int32, "rows"),
         abstract((documents,), jnp.int32, "rows"),
         None,
     )

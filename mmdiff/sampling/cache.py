@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdiff.layout import IntervalMask, Rows
-from mmdiff.models.transfusion import Network
+from mmdiff.models.network import Network
 from mmdiff.nn.attention import KeyValue
 from mmdiff.training.step import normalise
 
@@ -37,7 +37,7 @@ class Chunk(NamedTuple):
     patches: np.ndarray  # uint8 [b, t, p]
     is_patch: np.ndarray  # bool [b, t]
     position: np.ndarray  # float32 [b, t, 2]
-    place: np.ndarray  # float32 [b, t, 2]
+    cell: np.ndarray  # int32 [b, t, 4]
     read: np.ndarray  # int32 [b, t]; own positions [0, read) that each may read, beside the whole cache
     counts: np.ndarray  # int32 [b]; positions that are not padding
 
@@ -50,12 +50,12 @@ def empty_cache(network: Network, rows: int, slots: int, dtype) -> Cache:
     k_axes, v_axes = network.cache_axes
     k, v = jnp.zeros((*lead, key_width), dtype), jnp.zeros((*lead, value_width), dtype)
     layer = lambda: KeyValue(network.place(k, *k_axes), network.place(v, *v_axes))
-    return Cache(tuple(layer() for _ in range(network.cfg.depth)), jnp.zeros(rows, jnp.int32))
+    return Cache(tuple(layer() for _ in range(network.cached_layers)), jnp.zeros(rows, jnp.int32))
 
 
 def capacity(cache: Cache) -> int:
     """Slots per document."""
-    return cache.layers[0].k.shape[2]
+    return cache.layers[0].k.shape[2] if cache.layers else 0
 
 
 def grow(cache: Cache, slots: int) -> Cache:
@@ -76,12 +76,12 @@ def make_chunk(streams: list[Rows], starts: list[int], patch_values: int) -> Chu
         patches=np.zeros((rows, length, patch_values), np.uint8),
         is_patch=np.zeros((rows, length), bool),
         position=np.zeros((rows, length, 2), np.float32),
-        place=np.zeros((rows, length, 2), np.float32),
+        cell=np.zeros((rows, length, 4), np.int32),
         read=np.zeros((rows, length), np.int32),
         counts=np.asarray(counts, np.int32),
     )
     for b, (stream, start, count) in enumerate(zip(streams, starts, counts, strict=True)):
-        for name in ("tokens", "patches", "is_patch", "position", "place"):
+        for name in ("tokens", "patches", "is_patch", "position", "cell"):
             getattr(chunk, name)[b, :count] = getattr(stream, name)[start:]
         chunk.read[b, :count] = stream.context_end[start:] - start
     return chunk
@@ -97,7 +97,7 @@ def extend(network: Network, params: Any, cache: Cache, chunk: Chunk) -> tuple[C
     """
     model = network.bind(params)
     rows, length = chunk.tokens.shape
-    x = model.embed(chunk.tokens, chunk.is_patch, normalise(jnp.asarray(chunk.patches)), jnp.zeros((rows, length)), chunk.place)
+    x = model.embed(chunk.tokens, chunk.is_patch, normalise(jnp.asarray(chunk.patches)), jnp.zeros((rows, length)), chunk.cell)
     slots = capacity(cache)
     here = jnp.arange(length, dtype=jnp.int32)[None] + slots
     real = here < slots + chunk.counts[:, None]

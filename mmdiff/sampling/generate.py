@@ -18,7 +18,7 @@ from mmdiff import config
 from mmdiff.data.vocabulary import Vocabulary
 from mmdiff.document import IMG, DataError, Document, Image
 from mmdiff.layout import ImagePiece, ImagePlan, Piece, laid_length, text_pieces
-from mmdiff.models.transfusion import Network
+from mmdiff.models.network import Network
 from mmdiff.sampling import text
 from mmdiff.sampling.session import Options, Session, fold
 
@@ -38,7 +38,7 @@ class Model:
     ):
         """`params` lie on `mesh`, if there is one; `between` is called between the programs that `generate` runs."""
         self.cfg, self.vocabulary, self.between = cfg, vocabulary, between
-        self.network = Network(cfg.model, vocabulary.size, mesh)
+        self.network = Network.of(cfg, vocabulary.size, mesh)
         self.params = jax.jit(self.network.separate)(params)
         self.special = text.Special.of(vocabulary)
 

@@ -20,8 +20,8 @@ from mmdiff import config
 from mmdiff.diffusion import guidance, prediction
 from mmdiff.diffusion.schedule import make_schedule, time_of
 from mmdiff.diffusion.solvers import Table, integrate
-from mmdiff.layout import IntervalMask
-from mmdiff.models.transfusion import Network
+from mmdiff.layout import TIME, IntervalMask
+from mmdiff.models.network import Network
 from mmdiff.sampling.cache import Cache, capacity
 
 
@@ -29,7 +29,7 @@ class Canvas(NamedTuple):
     """Where and how big the images are; documents with fewer than n patches are padded."""
 
     position: np.ndarray  # float32 [g, b, n, 2]; g = 2 with guidance (unconditional second), else 1
-    place: np.ndarray  # float32 [b, n, 2]
+    cell: np.ndarray  # int32 [b, n, 4]
     counts: np.ndarray  # int32 [b]
     known: "Known | None"
 
@@ -84,7 +84,7 @@ def draw(
             x_hat = jax.lax.cond(inside, lambda: in_both(point, sigma), lambda: one(point, sigma))
         return x_hat if known is None else jnp.where(known.repaint, x_hat, known.pixels)
 
-    shape = (canvas.position.shape[2], model.image.values)
+    shape = (canvas.position.shape[2], network.patch_values)
 
     def noise(step: jax.Array) -> jax.Array:
         return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), shape))(keys)
@@ -107,10 +107,19 @@ def _predict(model, diffusion: config.Diffusion, cache: Cache, canvas: Canvas, p
     u = time_of(sigma)
     alpha, scale = make_schedule(diffusion)(u)
     z = point * alpha
-    slots = capacity(cache)
-    here = jnp.broadcast_to(jnp.arange(patches, dtype=jnp.int32), (documents, patches))
     branches = len(position)
     count = jnp.tile(canvas.counts, branches)[:, None]
+    position = position.reshape(documents, patches, 2)
+    cell = jnp.tile(canvas.cell, (branches, 1, 1))
+    first = int(model.cfg.time == "token")  # positions before the patches
+    if first:
+        real = (jnp.arange(patches) < count)[..., None]
+        middle = jnp.sum(position * real, axis=1, keepdims=True) / count[..., None]
+        position = jnp.concatenate([middle, position], axis=1)
+        z, cell = (jnp.pad(a, ((0, 0), (1, 0), (0, 0))) for a in (z, cell))
+        count = count + 1
+    slots = capacity(cache)
+    here = jnp.broadcast_to(jnp.arange(patches + first, dtype=jnp.int32), (documents, patches + first))
     real = here < count
     mask = IntervalMask(
         context_start=jnp.zeros_like(here),
@@ -118,11 +127,9 @@ def _predict(model, diffusion: config.Diffusion, cache: Cache, canvas: Canvas, p
         block_start=slots + jnp.where(real, 0, here),
         block_end=slots + jnp.where(real, count, here + 1),
     )
-    always = jnp.ones((documents, patches), bool)
-    x = model.embed(
-        jnp.zeros_like(here), always, z, jnp.full((documents, patches), u), jnp.tile(canvas.place, (branches, 1, 1))
-    )
-    hidden, _ = model.stack(x, position.reshape(documents, patches, 2), mask, cache.layers)
-    output = model.image.predict(hidden)
+    is_patch = here >= first
+    tokens = jnp.where(is_patch, 0, TIME)
+    hidden = model.hidden(tokens, is_patch, z, jnp.full(here.shape, u), cell, position, mask, cache.layers)
+    output, z = model.predict(hidden, cell)[:, first:], z[:, first:]
     # the smallest clip that keeps eps -> x finite: at sigma_max it must stay below 1 / (1 + sigma)
     return prediction.convert(output, z, alpha, scale, source=diffusion.prediction, target="x", clip=1e-4)

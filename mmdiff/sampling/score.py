@@ -38,8 +38,8 @@ from mmdiff import config
 from mmdiff.diffusion import prediction
 from mmdiff.diffusion.schedule import time_of
 from mmdiff.document import Document
-from mmdiff.layout import Rows, lay_out, pack, plan_images, stack, text_pieces
-from mmdiff.models.transfusion import Network
+from mmdiff.layout import Rows, lay_out, learnt_images, pack, plan_images, stack, text_pieces
+from mmdiff.models.network import Network
 from mmdiff.training.step import corrupt, normalise
 
 GROUP = 16  # documents per call of the network
@@ -119,7 +119,9 @@ def _score_group(model, documents: Sequence[Document], grid: Grid, seed: int) ->
     length = -(-max(len(row.tokens) for row in laid) // LENGTH_BUCKET) * LENGTH_BUCKET
     rows_wanted = 1 << (len(laid) - 1).bit_length()  # few shapes, few programs
     rows = stack([pack([row], length) for row in laid + laid[:1] * (rows_wanted - len(laid))])
-    nats = np.asarray(_text_nats(model.network, model.params, rows, model.vocabulary.text_range), np.float64)
+    nats = np.full(rows_wanted, math.nan)  # of a model without text
+    if model.network.vocabulary_size:
+        nats = np.asarray(_text_nats(model.network, model.params, rows, model.vocabulary.text_range), np.float64)
     errors = np.zeros((len(grid.middles), rows_wanted))
     if any(document.images for document in documents):
         for level, sigma in enumerate(grid.middles):
@@ -131,7 +133,7 @@ def _score_group(model, documents: Sequence[Document], grid: Grid, seed: int) ->
 def _result(document: Document, nats: float, error: np.ndarray, grid: Grid) -> dict[str, float]:
     result = {}
     size = sum(len(text.encode(errors="replace")) for text in document.texts)
-    if size:
+    if size and math.isfinite(nats):
         result["text_nats_per_byte"] = float(nats) / size
         result["text_bits_per_byte"] = float(nats) / size / math.log(2)
     if document.images:
@@ -145,6 +147,8 @@ def _lay_out(model, document: Document) -> Rows:
     cfg = model.cfg
     layout = dataclasses.replace(cfg.layout, context="clean", noised_copies=1)
     pieces = [p._replace(learn=True) for p in text_pieces(document, model.vocabulary, cfg.model.patch)]
+    if not layout.markers:
+        pieces = learnt_images(pieces)
     plans = plan_images(pieces, layout, trailing_context=False)
     values = 3 * cfg.model.patch**2
     return lay_out(pieces, plans, model.vocabulary, layout, patch_values=values, positions=cfg.model.positions)[0]
@@ -156,7 +160,7 @@ def _text_nats(network: Network, params: Any, rows: Rows, text_range: tuple[int,
     u = jnp.zeros(rows.tokens.shape)
     x = normalise(rows.patches)
     model = network.bind(params)
-    hidden = model.hidden(rows.tokens, rows.is_patch, x, u, rows.place, rows.position, rows.mask)
+    hidden = model.hidden(rows.tokens, rows.is_patch, x, u, rows.cell, rows.position, rows.mask)
     counted = ~rows.is_patch & (rows.tokens >= text_range[0]) & (rows.tokens < text_range[1])
     nats = model.text_nats(hidden, jnp.roll(rows.tokens, -1, axis=1))
     return jnp.sum(nats[:, :-1] * counted[:, 1:], axis=1)
@@ -171,6 +175,7 @@ def _image_error(
     u = jnp.where(rows.noised, time_of(sigma), 0.0)
     x = normalise(rows.patches)
     z, alpha, scale = corrupt(x, eps, u, diffusion)
-    _, output = network.bind(params)(rows.tokens, rows.is_patch, z, u, rows.place, rows.position, rows.mask)
+    model = network.bind(params)
+    output = model.predict(model.hidden(rows.tokens, rows.is_patch, z, u, rows.cell, rows.position, rows.mask), rows.cell)
     x_hat = prediction.convert(output, z, alpha, scale, source=diffusion.prediction, target="x", clip=1e-4)
-    return jnp.sum(jnp.where(rows.noised[..., None], (x_hat - x) ** 2, 0.0), axis=(1, 2))
+    return jnp.sum(jnp.where((rows.noised & rows.is_patch)[..., None], (x_hat - x) ** 2, 0.0), axis=(1, 2))

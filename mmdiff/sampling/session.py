@@ -19,7 +19,7 @@ import numpy as np
 
 from mmdiff import config
 from mmdiff.diffusion import grids, solvers
-from mmdiff.document import IMG, Document, Image, Segment, Text
+from mmdiff.document import IMG, DataError, Document, Image, Segment, Text
 from mmdiff.layout import (
     ImagePiece,
     ImagePlan,
@@ -28,7 +28,7 @@ from mmdiff.layout import (
     TextPiece,
     drop_text,
     lay_out,
-    patch_places,
+    patch_cells,
     patch_positions,
     patchify,
     text_pieces,
@@ -69,7 +69,7 @@ class Options:
     seed: int | Sequence[int] = 0
 
     def __post_init__(self):
-        check = config._require
+        check = config.require
         check(self.steps >= 1, f"steps={self.steps} must be at least 1.")
         check(self.guidance >= 0, f"guidance={self.guidance} must not be negative (1 is off).")
         check(self.max_tokens >= 0, f"max_tokens={self.max_tokens} must not be negative.")
@@ -122,6 +122,9 @@ class Session:
     def _take(self, draft: Draft) -> None:
         """Move the prompt up to its next IMG (or its end) into the pieces, and decide what comes after it."""
         model, size = self.model, self.options.image_size
+        if not model.cfg.layout.markers:
+            self._take_image(draft)
+            return
         while draft.queue and draft.queue[0] is not IMG:
             segment = draft.queue.pop(0)
             draft.segments.append(segment)
@@ -137,6 +140,19 @@ class Session:
         else:
             draft.mode = text.DONE
 
+    def _take_image(self, draft: Draft) -> None:
+        """The same for a model that knows images alone: the next IMG, or the end."""
+        size = self.options.image_size or self.model.cfg.fixed_size
+        if size is None:
+            raise config.ConfigError("this model was trained on images of several sizes, without text: give image_size.")
+        if any(segment is not IMG for segment in draft.queue):
+            raise DataError("this model was trained on images alone (layout.markers=False): a prompt can hold IMG only.")
+        if draft.queue:
+            draft.queue.pop(0)
+            self._open(draft, size[0] // self.model.cfg.model.patch, size[1] // self.model.cfg.model.patch)
+        else:
+            draft.mode = text.DONE
+
     def _open(self, draft: Draft, grid_rows: int, grid_cols: int) -> None:
         """Put an image without patches at the end: its size tokens stand, it is still to be drawn."""
         draft.pieces.append(ImagePiece(None, grid_rows, grid_cols))
@@ -144,6 +160,8 @@ class Session:
 
     def _read(self) -> None:
         """Bring the cache up to date with the pieces of every document that goes on."""
+        if not self.model.cfg.layout.markers:
+            return
         streams = [self._stream(d.pieces) for d in self.drafts]
         for draft, (stream, _) in zip(self.drafts, streams, strict=True):
             if draft.mode == text.DONE:  # nothing will read it
@@ -216,7 +234,7 @@ class Session:
         padded = due + [due[0]] * (_bucket(len(due), len(self.drafts)) - len(due))
         drafts = [self.drafts[i] for i in padded]
         open_images = [cast(ImagePiece, d.pieces[-1]) for d in drafts]
-        guided = options.guidance != 1.0
+        guided = options.guidance != 1.0 and cfg.layout.markers
         take = np.asarray(padded)
         caches, starts = [self._rows(self.cache, take)], [[d.place for d in drafts]]
         if guided:
@@ -227,10 +245,10 @@ class Session:
             caches = [grow(c, slots) for c in caches]
         count = np.asarray([p.patch_count for p in open_images], np.int32)
         position = np.zeros((len(starts), len(drafts), count.max(), 2), np.float32)
-        place_in_image = np.zeros(position.shape[1:], np.float32)
+        cell = np.zeros((len(drafts), count.max(), 4), np.int32)
         for b, piece in enumerate(open_images):
             grid = piece.grid_rows, piece.grid_cols
-            place_in_image[b, : piece.patch_count] = patch_places(*grid)
+            cell[b, : piece.patch_count] = patch_cells(*grid)
             for g, where in enumerate(starts):
                 position[g, b, : piece.patch_count] = patch_positions(where[b], *grid, cfg.model.positions)[0]
         keys = fold(self.keys[take], np.asarray([2**30 + d.drawn for d in drafts]))
@@ -240,7 +258,7 @@ class Session:
             cfg.diffusion,
             self.model.params,
             tuple(caches),
-            Canvas(position, place_in_image, count, self._known()),
+            Canvas(position, cell, count, self._known()),
             self._table(),
             keys,
             Guidance(jnp.float32(options.guidance), jnp.float32(lowest), jnp.float32(highest)),

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from mmdiff.data.vocabulary import Vocabulary
 from mmdiff.layout import IntervalMask
-from mmdiff.models.transfusion import Network
+from mmdiff.models.network import Network
 from mmdiff.nn.attention import Growing, KeyValue, squeezed
 from mmdiff.sampling.cache import Cache, append, capacity, grow
 
@@ -180,7 +180,7 @@ def _one_token(model, cache: Cache, fresh: tuple[KeyValue, ...], column: jax.Arr
     count, slots = len(token), capacity(cache)
     zeros = jnp.zeros((count, 1))
     z = jnp.zeros((count, 1, model.image.values))
-    x = model.embed(token[:, None], zeros > 0, z, zeros, jnp.zeros((count, 1, 2)))
+    x = model.embed(token[:, None], zeros > 0, z, zeros, jnp.zeros((count, 1, 4), jnp.int32))
     one = jnp.zeros((count, 1), jnp.int32)
     mask = IntervalMask(one, cache.length[:, None], one + slots, one + slots + column + 1)
     position = jnp.broadcast_to(place[:, None, None], (count, 1, 2))

@@ -23,7 +23,12 @@ class Diverged(RuntimeError):
 
 
 def apply_guarded(
-    state: TrainState, grads: Any, loss: jax.Array, tx: optax.GradientTransformation, ema_decay: float
+    state: TrainState,
+    grads: Any,
+    loss: jax.Array,
+    tx: optax.GradientTransformation,
+    ema_decay: float,
+    ema_start: str = "ramp",
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimiser update, or none if `loss` (any shape) or the gradient norm is not finite.
 
@@ -36,7 +41,7 @@ def apply_guarded(
     ok = jnp.isfinite(norm) & jnp.all(jnp.isfinite(loss))
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = update_ema(state.ema, params, ema_decay, state.step)
+    ema = update_ema(state.ema, params, ema_decay, state.step, ema_start)
 
     def choose(new, old):  # a select fuses with the update; lax.cond would copy both trees
         return jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)

@@ -53,9 +53,12 @@ def make_optimizer(settings: config.Optimizer, steps: int) -> tuple[optax.Gradie
 def make_schedule(settings: config.Optimizer, steps: int) -> optax.Schedule:
     """Learning rate of update t = 0, 1, ...: (t + 1) / warmup of the peak, then down to `final` at t = `steps`.
 
-    Neither the first nor the last update is wasted on a rate of zero.
+    Neither the first nor the last update is wasted on a rate of zero, unless `points` say so.
     """
     peak, warmup, final = settings.learning_rate, settings.warmup, settings.final
+    if settings.decay == "points":
+        at, factor = (jnp.asarray(column, jnp.float32) for column in zip(*settings.points, strict=True))
+        return lambda t: peak * jnp.interp(jnp.asarray(t, jnp.float32), at, factor)
 
     def schedule(t):
         t = jnp.asarray(t, jnp.float32)
@@ -104,18 +107,36 @@ def adapts(path: tuple, leaf: jax.Array) -> bool:
 
 
 def scale_by_layer_trust_ratio() -> optax.GradientTransformation:
-    """u <- u |p| / |u|, per layer for stacked leaves; a ratio with a norm of zero above or below the line is 1."""
+    """u <- u |p| / |u|, per layer for stacked leaves; a ratio with a norm of zero above or below the line is 1.
 
-    def scale(path, u, p):
-        if not adapts(path, p):
-            return u
-        axes = tuple(range(1 if "blocks" in _names(path) else 0, u.ndim))
-        norm_p = jnp.sqrt(jnp.sum(jnp.square(p), axes, keepdims=True))
-        norm_u = jnp.sqrt(jnp.sum(jnp.square(u), axes, keepdims=True))
-        usable = (norm_p > 0) & (norm_u > 0)
-        return u * jnp.where(usable, norm_p / jnp.where(usable, norm_u, 1.0), 1.0)
+    The ratio belongs to a weight of the published unit, however it is stored here: W_gates and W_shared of a GAU are one
+    matrix there and share theirs; scales and shifts of queries and keys are two vectors each and have their own.
+    """
+
+    def squares(path, x):
+        """Sum of squares, over all but the layer axis and what belongs to different weights."""
+        first = ("blocks" in _names(path)) + (_names(path)[-1] in ("scale_qk", "shift_qk"))
+        return jnp.sum(jnp.square(x), tuple(range(first, x.ndim)), keepdims=True)
 
     def update(updates, state, params=None):
+        sums = {
+            tuple(_names(path)): (squares(path, u), squares(path, p))
+            for (path, u), p in zip(jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(params), strict=True)
+        }
+
+        def scale(path, u, p):
+            if not adapts(path, p):
+                return u
+            names = tuple(_names(path))
+            square_u, square_p = sums[names]
+            partner = {"gates": "shared", "shared": "gates"}.get(names[-2]) if len(names) > 1 else None
+            if partner is not None and (*names[:-2], partner, names[-1]) in sums:
+                other_u, other_p = (a.reshape(-1, *[1] * (u.ndim - 1)) for a in sums[(*names[:-2], partner, names[-1])])
+                square_u, square_p = square_u + other_u, square_p + other_p
+            norm_u, norm_p = jnp.sqrt(square_u), jnp.sqrt(square_p)
+            usable = (norm_p > 0) & (norm_u > 0)
+            return u * jnp.where(usable, norm_p / jnp.where(usable, norm_u, 1.0), 1.0)
+
         return jax.tree_util.tree_map_with_path(scale, updates, params), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

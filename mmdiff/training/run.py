@@ -12,7 +12,7 @@ from mmdiff import config
 from mmdiff.data.batches import Batches
 from mmdiff.data.sources import Source, open_source, open_vocabulary
 from mmdiff.data.vocabulary import Vocabulary
-from mmdiff.models.transfusion import Network
+from mmdiff.models.network import Network
 from mmdiff.parallel.distributed import is_first
 from mmdiff.training import state as train_state
 from mmdiff.training.optimizer import make_optimizer
@@ -58,7 +58,7 @@ def build(cfg: config.Config, workdir: Path, mesh: Mesh) -> Run:
     validation = Batches(held_out, vocabulary, cfg, learn=False) if len(held_out) else None
     tx, schedule = make_optimizer(cfg.optimizer, cfg.training.steps)
     train = Batches(source, vocabulary, cfg)
-    return Run(cfg, vocabulary, train, validation, Network(cfg.model, vocabulary.size, mesh), tx, schedule, mesh)
+    return Run(cfg, vocabulary, train, validation, Network.of(cfg, vocabulary.size, mesh), tx, schedule, mesh)
 
 
 def find_vocabulary(cfg: config.Config, source: Source, workdir: Path) -> Vocabulary:

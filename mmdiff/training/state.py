@@ -1,8 +1,10 @@
 """Everything a run carries from one step to the next: the moving average of its parameters, and its fingerprints.
 
-    (1) ema <- d ema + (1 - d) params,    d = min(decay, (1 + t) / (10 + t))
+    (1) ema <- d ema + (1 - d) params,    d = min(decay, (1 + t) / (10 + t))                                  "ramp"
+                                          d = (decay - decay^(t+1)) / (1 - decay^(t+1))                       "zero"
 
-The average starts as a copy of the parameters; the warm-up of d lets it forget that random start.
+The average starts as a copy of the parameters; the warm-up of d lets it forget that random start. With "zero" it is, after
+every update, the average of constant decay that starts at zero, divided by 1 - decay^(t+1) for what that lacks.
 
 The fingerprint of an array with the 32-bit words w_i, i = 0, 1, ... in row-major order, is the sum modulo 2^32
 
@@ -81,10 +83,14 @@ def shardings(state: TrainState, axes: Any, mesh: Mesh) -> TrainState:
     return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
 
-def update_ema(ema: Any, params: Any, decay: float, step: jax.Array) -> Any:
-    """The average after the update of step t = `step` (counted from 0), in float32."""
+def update_ema(ema: Any, params: Any, decay: float, step: jax.Array, start: str = "ramp") -> Any:
+    """The average after the update of step t = `step` (counted from 0), in float32; `start`: equation (1)."""
     t = jnp.asarray(step, jnp.float32)
-    d = jnp.minimum(jnp.float32(decay), (1 + t) / (10 + t))
+    if start == "zero":
+        left = -jnp.expm1((t + 1) * math.log(decay)) if decay > 0 else jnp.ones(())  # 1 - decay^(t+1)
+        d = 1 - (1 - jnp.float32(decay)) / left
+    else:
+        d = jnp.minimum(jnp.float32(decay), (1 + t) / (10 + t))
     return jax.tree.map(lambda e, p: d * e + (1 - d) * p.astype(jnp.float32), ema, params)
 
 

@@ -25,7 +25,7 @@ from mmdiff.diffusion.loss import image_error
 from mmdiff.diffusion.schedule import make_schedule
 from mmdiff.diffusion.times import sample_times
 from mmdiff.layout import Rows
-from mmdiff.models.transfusion import Network
+from mmdiff.models.network import Network
 from mmdiff.training.guard import apply_guarded
 from mmdiff.training.state import TrainState
 
@@ -77,11 +77,13 @@ def loss_sums(network: Network, diffusion: config.Diffusion, params: Any, rows: 
     x = normalise(rows.patches)
     z, alpha, sigma = corrupt(x, eps, u, diffusion)
     model = network.bind(params)
-    hidden = model.hidden(rows.tokens, rows.is_patch, z, u, rows.place, rows.position, rows.mask)
+    hidden = model.hidden(rows.tokens, rows.is_patch, z, u, rows.cell, rows.position, rows.mask)
     weight = rows.text_weight[:, 1:]
-    following = jnp.roll(rows.tokens, -1, axis=1)  # the first token comes round to the last place, which carries no weight
-    nats = model.text_nats(hidden, following)[:, :-1]
-    error = image_error(model.image.predict(hidden), x, eps, alpha, sigma, diffusion)
+    nats = jnp.zeros(())
+    if network.vocabulary_size:
+        following = jnp.roll(rows.tokens, -1, axis=1)  # the first token comes round to the last, which carries no weight
+        nats = model.text_nats(hidden, following)[:, :-1]
+    error = image_error(model.predict(hidden, rows.cell), x, eps, alpha, sigma, diffusion)
     image_weight = rows.image_weight
     if diffusion.reduction == "sum":  # over the patches of an image too; the copies of one image are still averaged
         copies = jnp.maximum(1.0, jnp.round(1.0 / jnp.maximum(image_weight * _patch_count(rows), 1e-9)))
@@ -95,7 +97,7 @@ def loss_sums(network: Network, diffusion: config.Diffusion, params: Any, rows: 
 
 
 def _patch_count(rows: Rows) -> jax.Array:
-    return (rows.block_end - rows.block_start).astype(jnp.float32)
+    return (rows.cell[..., 2] * rows.cell[..., 3]).astype(jnp.float32)
 
 
 def combine(losses: Losses, diffusion: config.Diffusion) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -166,7 +168,7 @@ def make_train_step(
             (sums, grads), _ = jax.lax.scan(add, (Losses(nothing, nothing, nothing, nothing), zero), split)
         loss, metrics = combine(sums, diffusion)
         grads = network.stored(network.restack(grads))
-        state, guarded = apply_guarded(state, grads, loss, tx, cfg.training.ema)
+        state, guarded = apply_guarded(state, grads, loss, tx, cfg.training.ema, cfg.training.ema_start)
         return state, metrics | guarded
 
     return train_step

@@ -19,7 +19,7 @@ from mmdiff.data.batches import Batches
 from mmdiff.diffusion import prediction
 from mmdiff.diffusion.schedule import time_of
 from mmdiff.layout import Rows
-from mmdiff.models.transfusion import Network
+from mmdiff.models.network import Network
 from mmdiff.parallel.mesh import place_rows
 from mmdiff.training.step import Losses, combine, corrupt, loss_sums, normalise
 
@@ -35,9 +35,10 @@ def measure(network: Network, diffusion: config.Diffusion, params: Any, rows: Ro
     x = normalise(rows.patches)
     z, alpha, scale = corrupt(x, eps, u, diffusion)
     model = network.bind(params)
-    _, output = model(rows.tokens, rows.is_patch, z, u, rows.place, rows.position, rows.mask)
+    hidden = model.hidden(rows.tokens, rows.is_patch, z, u, rows.cell, rows.position, rows.mask)
+    output = model.predict(hidden, rows.cell)
     x_hat = prediction.convert(output, z, alpha, scale, source=diffusion.prediction, target="x", clip=1e-4)
-    noised = rows.noised[..., None]
+    noised = (rows.noised & rows.is_patch)[..., None]
     return sums, jnp.sum(jnp.where(noised, (x_hat - x) ** 2, 0)), jnp.sum(jnp.where(noised, x**2, 0))
 
 
@@ -70,10 +71,12 @@ def validate(
             x_error[sigma] += np.asarray([wrong, all_of], np.float64)
             totals = jax.tree.map(jnp.add, totals, sums)
     _, metrics = combine(totals, cfg.diffusion)
-    # the image loss on this grid of levels is not the training loss, so it is not reported under such a name
-    result = {"validation_text_loss": float(metrics["text_loss"])}
-    nats = float(totals.text) / len(SIGMAS)
-    result["text_bits_per_byte"] = nats / math.log(2) / max(text_bytes, 1)
+    result = {}
+    if network.vocabulary_size:
+        # the image loss on this grid of levels is not the training loss, so it is not reported under such a name
+        result["validation_text_loss"] = float(metrics["text_loss"])
+        nats = float(totals.text) / len(SIGMAS)
+        result["text_bits_per_byte"] = nats / math.log(2) / max(text_bytes, 1)
     ratios = {sigma: wrong / max(all_of, 1e-9) for sigma, (wrong, all_of) in x_error.items()}
     result |= {f"x_error_{sigma:g}": float(ratio) for sigma, ratio in ratios.items()}
     result["x_error"] = float(np.mean(list(ratios.values())))

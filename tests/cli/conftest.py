@@ -8,7 +8,7 @@ import mmdiff
 from mmdiff import config
 from mmdiff.cli.main import main
 from mmdiff.data.vocabulary import Vocabulary
-from mmdiff.models.transfusion import Network
+from mmdiff.models.network import Network
 from mmdiff.sampling.generate import Model
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmdiff import config
+from mmdiff import config_files
 from mmdiff.data.batches import Batches
 from mmdiff.data.prepare import prepare
 from mmdiff.data.sources import open_source, open_vocabulary
@@ -40,7 +40,7 @@ def faces(tmp_path_factory):
 
 
 def batches(out: Path) -> Batches:
-    experiment = config.load_experiment(Path(__file__).parents[2] / "experiments" / "faces_64.py")
+    experiment = config_files.load_experiment(Path(__file__).parents[2] / "experiments" / "faces_64.py")
     cfg = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, path=str(out)))
     source = open_source(cfg, "train")
     return Batches(source, open_vocabulary(cfg, source), cfg)

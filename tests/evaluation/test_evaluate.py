@@ -25,6 +25,9 @@ SHAPES_METRICS = {
 }
 
 
+BOTH = config.Config(data=config.Data(order="both"))
+
+
 def shapes_documents(kind):
     return shapes.held_out(Task(Oracle(SHAPES, []), COUNT), kind)
 
@@ -152,11 +155,11 @@ def test_mean_has_the_usual_standard_error():
 def test_prompts_follow_what_the_model_learns():
     image, other = (Image(np.full((8, 8, 3), v, np.uint8), learn) for v, learn in ((1, False), (2, True)))
     edit, pair = Document(image, "make it two", other), Document("two", other)
-    assert [repr(d.prompt) for d in drawings(Listed([edit, pair]), 5)] == [
+    assert [repr(d.prompt) for d in drawings(Listed([edit, pair]), config.Config(), 5)] == [
         "Document(Image(8x8), 'make it two', IMG)",
         "Document('two', IMG)",
     ]
-    assert [text for _, text in pictures(Listed([edit, pair, Document(image, "one")]), 5)] == ["one"]
-    assert [text for _, text in pictures(Listed([pair]), 5, both=True)] == ["two"]
-    (drawing,) = drawings(Listed([Document(other, "two")]), 5, both=True)
+    assert [text for _, text in pictures(Listed([edit, pair, Document(image, "one")]), config.Config(), 5)] == ["one"]
+    assert [text for _, text in pictures(Listed([pair]), BOTH, 5)] == ["two"]
+    (drawing,) = drawings(Listed([Document(other, "two")]), BOTH, 5)
     assert repr(drawing.prompt) == "Document('two', IMG)"

@@ -11,7 +11,7 @@ import pytest
 
 from mmdiff.layout import ImagePlan, Rows
 from mmdiff.models import transfusion
-from mmdiff.models.transfusion import Network
+from mmdiff.models.network import Network
 from mmdiff.training.flops import counted_flops
 
 TOLERANCE = 1e-5
@@ -34,10 +34,10 @@ def row(tiny_gau, document) -> Rows:
 def influence(network: Network, params, rows: Rows, z, u):
     """bool [t, s]: whether position t's hidden state has any gradient with respect to what stands at s."""
     model = network.bind(params)
-    x = model.embed(rows.tokens, rows.is_patch, z, u, rows.place)
+    x = model.embed(rows.tokens, rows.is_patch, z, u, rows.cell).x
 
     def weighted(x):  # random weights: no gradient cancels
-        hidden = model.stack(x, rows.position, rows.mask)[0][0]
+        hidden = model.stack(transfusion.Embedded(x), rows.position, rows.mask)[0][0]
         return (hidden * jax.random.normal(jax.random.key(3), hidden.shape)).sum(-1)
 
     # one position after another: under vmap, jaxlib 0.10.2 miscompiles this backward pass on CPU
@@ -182,9 +182,9 @@ def test_permuting_patches_changes_the_output(tiny, document):
     _, moved = tiny.forward(row, shuffled, u)
     assert np.abs(moved[0, block] - plain[0, order]).max() > 1e-2
     # control: with positions and places permuted as well, the output is just permuted
-    position, place = row.position.copy(), row.place.copy()
-    position[0, block], place[0, block] = row.position[0, order], row.place[0, order]
-    _, both = tiny.forward(dataclasses.replace(row, position=position, place=place), shuffled, u)
+    position, cell = row.position.copy(), row.cell.copy()
+    position[0, block], cell[0, block] = row.position[0, order], row.cell[0, order]
+    _, both = tiny.forward(dataclasses.replace(row, position=position, cell=cell), shuffled, u)
     np.testing.assert_allclose(both[0, block], plain[0, order], atol=TOLERANCE)
 
 
@@ -195,7 +195,7 @@ def value_and_gradient(tiny, network, rows):
     def run(params):
         def total(params):
             model = network.bind(params)
-            logits, patches = model(rows.tokens, rows.is_patch, z, u, rows.place, rows.position, rows.mask)
+            logits, patches = model(rows.tokens, rows.is_patch, z, u, rows.cell, rows.position, rows.mask)
             weight = jax.random.normal(jax.random.key(0), logits.shape)
             return jnp.mean(logits * weight) + jnp.mean(jnp.square(patches)), (logits, patches)
 
@@ -234,7 +234,7 @@ def test_recomputing_more_takes_less_memory_and_more_operations(new_tiny, monkey
         z, u = tiny.noise(rows)
 
         def loss(params, network=tiny.network, rows=rows, z=z, u=u):
-            logits, patches = network.bind(params)(rows.tokens, rows.is_patch, z, u, rows.place, rows.position, rows.mask)
+            logits, patches = network.bind(params)(rows.tokens, rows.is_patch, z, u, rows.cell, rows.position, rows.mask)
             return jnp.sum(logits**2) + jnp.sum(patches**2)
 
         compiled = jax.jit(jax.grad(loss)).lower(tiny.params).compile()
@@ -248,7 +248,7 @@ def test_recomputing_more_takes_less_memory_and_more_operations(new_tiny, monkey
 def network_forward(network, params, rows):
     zeros = np.zeros(rows.tokens.shape, np.float32)
     z = np.zeros(rows.patches.shape, np.float32)
-    return network.bind(params)(rows.tokens, rows.is_patch, z, zeros, rows.place, rows.position, rows.mask)
+    return network.bind(params)(rows.tokens, rows.is_patch, z, zeros, rows.cell, rows.position, rows.mask)
 
 
 def test_blockwise_network_equals_dense_network(tiny, row):
@@ -265,7 +265,7 @@ def test_forward_mode_differentiation(tiny, row):
     z, u = tiny.noise(row)
     du = row.noised.astype(np.float32)
     model = tiny.network.bind(tiny.params)
-    run = jax.jit(lambda u: model(row.tokens, row.is_patch, z, u, row.place, row.position, row.mask)[1])
+    run = jax.jit(lambda u: model(row.tokens, row.is_patch, z, u, row.cell, row.position, row.mask)[1])
     _, tangent = jax.jvp(run, (u,), (du,))
     step = np.float32(1e-2)
     difference = (run(u + step * du) - run(u - step * du)) / (2 * step)
@@ -275,7 +275,7 @@ def test_forward_mode_differentiation(tiny, row):
 
 def test_rotary_positions_alone_tell_patches_apart(new_tiny, document):
     """The test above without the embedding of places."""
-    tiny = new_tiny(patch_places=False)
+    tiny = new_tiny(places="none")
     row = tiny.batch([document])
     z, u = tiny.noise(row)
     block = np.flatnonzero(row.noised[0] & (row.image[0] == 1))

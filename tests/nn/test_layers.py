@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from mmdiff.config import Model
-from mmdiff.layout import IntervalMask, patch_places
+from mmdiff.layout import IntervalMask, patch_cells
 from mmdiff.models.patches import RawPatches
 from mmdiff.nn.gau import GatedAttentionUnit
 from mmdiff.nn.layers import Linear, RMSNorm
@@ -117,8 +117,8 @@ def test_linear_keeps_variance_and_type():
 def test_patches_survive_the_projection_exactly(width, patch):
     image = RawPatches(Model(width=width, patch=patch), nnx.Rngs(params=0))
     pixels = np.random.default_rng(0).integers(0, 256, (1, 300, 3 * patch**2), dtype=np.uint8)
-    place = jax.random.uniform(jax.random.key(0), (1, 300, 2))
-    back = image.invert(image.embed(normalise(jnp.asarray(pixels)), jnp.zeros((1, 300)), place), place)
+    cell = jnp.asarray(patch_cells(15, 20))[None]
+    back = image.invert(image.embed(normalise(jnp.asarray(pixels)), jnp.zeros((1, 300)), cell), cell)
     np.testing.assert_array_equal(np.rint((np.asarray(back) + 1) * 127.5), pixels)
 
 
@@ -126,15 +126,15 @@ def test_a_narrow_projection_loses_pixels():
     """The control of the test above: below 3 patch^2 the map cannot be inverted."""
     image = RawPatches(Model(width=40, patch=4, lossless=False), nnx.Rngs(params=0))
     pixels = np.random.default_rng(0).integers(0, 256, (1, 50, 48), dtype=np.uint8)
-    place = jnp.zeros((1, 50, 2))
-    back = image.invert(image.embed(normalise(jnp.asarray(pixels)), jnp.zeros((1, 50)), place), place)
+    cell = jnp.zeros((1, 50, 4), jnp.int32)
+    back = image.invert(image.embed(normalise(jnp.asarray(pixels)), jnp.zeros((1, 50)), cell), cell)
     assert np.any(np.rint((np.asarray(back) + 1) * 127.5) != pixels)
 
 
 def test_time_reaches_the_patches_smoothly():
     image = RawPatches(Model(width=48, patch=4), nnx.Rngs(params=0))
-    z, place = jnp.zeros((1, 1, 48)), jnp.zeros((1, 1, 2))
-    at = lambda u: np.asarray(image.embed(z, jnp.full((1, 1), u), place))
+    z, cell = jnp.zeros((1, 1, 48)), jnp.zeros((1, 1, 4), jnp.int32)
+    at = lambda u: np.asarray(image.embed(z, jnp.full((1, 1), u), cell))
     assert np.abs(at(0.5) - at(0.0)).max() > 0.1
     assert np.abs(at(0.501) - at(0.5)).max() < 0.02
 
@@ -142,14 +142,14 @@ def test_time_reaches_the_patches_smoothly():
 def test_places_reach_the_patches_and_do_not_depend_on_the_size():
     """The same fraction of the way through a large and a small image is the same place."""
     image = RawPatches(Model(width=48, patch=4), nnx.Rngs(params=0))
-    embed = lambda place: np.asarray(image.embed(jnp.zeros((len(place), 48)), jnp.zeros(len(place)), place))
-    small, large = embed(patch_places(1, 1)), embed(patch_places(3, 5))
+    embed = lambda cell: np.asarray(image.embed(jnp.zeros((1, len(cell), 48)), jnp.zeros((1, len(cell))), cell[None]))[0]
+    small, large = embed(patch_cells(1, 1)), embed(patch_cells(3, 5))
     np.testing.assert_allclose(small[0], large[7], atol=1e-5)
     apart = np.abs(large[:, None] - large[None]).max(-1) + np.eye(15)
     assert apart.min() > 0.05
 
 
 def test_time_table_takes_the_nearest_entry():
-    image = RawPatches(Model(width=48, patch=4, time_embedding="table", patch_places=False), nnx.Rngs(params=0))
-    both = image.embed(jnp.zeros((1, 2, 48)), jnp.asarray([[0.0, 1.0]]), jnp.zeros((1, 2, 2)))[0]
-    np.testing.assert_allclose(both, image.time_table[...][jnp.asarray([0, 999])], atol=1e-6)
+    image = RawPatches(Model(width=48, patch=4, time_embedding="table", places="none"), nnx.Rngs(params=0))
+    both = image.embed(jnp.zeros((1, 2, 48)), jnp.asarray([[0.0, 1.0]]), jnp.zeros((1, 2, 4), jnp.int32))[0]
+    np.testing.assert_allclose(both, image.time_in.time_table[...][jnp.asarray([0, 999])], atol=1e-6)

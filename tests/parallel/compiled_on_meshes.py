@@ -19,7 +19,7 @@ import numpy as np
 
 from mmdiff import config
 from mmdiff.models import transfusion
-from mmdiff.models.transfusion import Network
+from mmdiff.models.network import Network
 from mmdiff.parallel import hlo
 from mmdiff.parallel.mesh import make_mesh
 from mmdiff.parallel.plan import abstract_rows, abstract_state

@@ -20,7 +20,7 @@ import optax
 
 from mmdiff import config
 from mmdiff.document import IMG, Document
-from mmdiff.models.transfusion import Network
+from mmdiff.models.network import Network
 from mmdiff.parallel.mesh import make_mesh, place_rows
 from mmdiff.sampling.generate import Model
 from mmdiff.training import state as train_state

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mmdiff import config
+from mmdiff import config, config_files
 from mmdiff.cli.plan import text
 from mmdiff.parallel import plan
 from mmdiff.training.flops import counted_flops, training_flops
@@ -59,7 +59,7 @@ def test_operations_are_counted_through_loops():
 @pytest.mark.parametrize("form", ["config", "attention"])
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_counted_operations_agree_with_the_count_by_hand(path, form):
-    cfg = config.load_experiment(f"{path}:{form}")
+    cfg = config_files.load_experiment(f"{path}:{form}")
     found = plan._operations(cfg, plan.vocabulary_size(cfg, None))
     assert found["flops_per_step"] == pytest.approx(found["flops_per_step_by_hand"], rel=0.02)
     # everything but the head and the losses is recomputed: a fourth pass beside the three
@@ -68,7 +68,7 @@ def test_counted_operations_agree_with_the_count_by_hand(path, form):
 
 def test_the_two_forms_of_an_experiment_cost_about_the_same():
     for path in EXPERIMENTS:
-        gau, attention = (training_flops(config.load_experiment(f"{path}:{f}"), 32000) for f in ("config", "attention"))
+        gau, attention = (training_flops(config_files.load_experiment(f"{path}:{f}"), 32000) for f in ("config", "attention"))
         assert 0.8 < gau / attention < 1.6
 
 
@@ -147,6 +147,6 @@ def test_an_unknown_topology_is_one_line():
 
 
 def test_changes_build_on_each_other_and_end():
-    cfg = dataclasses.replace(config.load_experiment(EXPERIMENTS[0]), training=config.Training(batch_size=8))
+    cfg = dataclasses.replace(config_files.load_experiment(EXPERIMENTS[0]), training=config.Training(batch_size=8))
     options = [option for option, _ in plan._changes(cfg, 4)]
     assert options == ["--mesh.data 1 --mesh.fsdp -1 --mesh.tensor 1", *(f"--training.accumulate {n}" for n in (2, 4, 8))]

@@ -9,7 +9,7 @@ import pytest
 import mmdiff
 from mmdiff import Document, Image, config
 from mmdiff.data.vocabulary import Vocabulary
-from mmdiff.models.transfusion import Network
+from mmdiff.models.network import Network
 from mmdiff.sampling.generate import Model
 from mmdiff.sampling.score import LEVELS, image_bound, make_grid, reconstruction_table, score
 

@@ -14,7 +14,7 @@ from mmdiff import config
 from mmdiff.config import Config, ConfigError
 from mmdiff.document import DataError
 from mmdiff.layout import empty_row
-from mmdiff.models.transfusion import Network
+from mmdiff.models.network import Network
 from mmdiff.training import guard, step
 from mmdiff.training import state as train_state
 from mmdiff.training.flops import training_flops

@@ -1,0 +1,90 @@
+"""Reading configurations: from plain JSON values, and from the `config()` of an experiment file."""
+
+import dataclasses
+import runpy
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from mmdiff import config
+
+
+def field_names(kind: type, prefix: str = "") -> list[str]:
+    """Dotted names of all leaf fields of a configuration dataclass."""
+    names = []
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(field.type):
+            names += field_names(typing.cast(type, field.type), f"{prefix}{field.name}.")
+        else:
+            names.append(prefix + field.name)
+    return names
+
+
+def from_dict(kind: type, values: dict[str, Any], prefix: str = "") -> Any:
+    """Build a configuration dataclass from plain JSON values."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    arguments = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise config.ConfigError(
+                f"unknown field '{prefix}{name}'{config.suggest(prefix + name, [prefix + n for n in fields])}"
+            )
+        annotation = fields[name].type
+        if dataclasses.is_dataclass(annotation):
+            value = from_dict(typing.cast(type, annotation), value, f"{prefix}{name}.")
+        else:
+            value = _tupled(value)
+            _check_type(value, annotation, prefix + name)
+        arguments[name] = value
+    return kind(**arguments)
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(_tupled(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def _check_type(value: Any, annotation: Any, name: str) -> None:
+    origin = typing.get_origin(annotation)
+    if origin is Literal:
+        choices = typing.get_args(annotation)
+        config.require(value in choices, f"{name}={value!r} is not one of {', '.join(map(repr, choices))}.")
+        return
+    if isinstance(annotation, types.UnionType):
+        allowed = tuple(typing.get_origin(a) or a for a in typing.get_args(annotation))
+    elif annotation is float:
+        allowed = (float, int)
+    else:
+        allowed = (origin or annotation,)
+    good = isinstance(value, allowed) and not (isinstance(value, bool) and bool not in allowed)
+    config.require(good, f"{name}={value!r} has the wrong type: expected {getattr(annotation, '__name__', annotation)}.")
+
+
+def load_experiment(path: str | Path) -> config.Config:
+    """The Config that `config()` of an experiment file returns, or with FILE.py:FUNCTION another function of it.
+
+    Raises:
+      config.ConfigError: no such file or function, or an invalid configuration.
+    """
+    file, colon, function = str(path).rpartition(":")
+    path, function = (Path(file), function) if colon and file.endswith(".py") else (Path(path), "config")
+    if not path.is_file():
+        known = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise config.ConfigError(f"no experiment file {str(path)!r}{config.suggest(str(path), known)}")
+    try:
+        namespace = runpy.run_path(str(path))
+    except SyntaxError as error:
+        raise config.ConfigError(f"{path}:{error.lineno}: {error.msg}") from error
+    except TypeError as error:  # an unknown keyword of a configuration dataclass
+        raise config.ConfigError(f"{path}: {error}") from error
+    if not callable(namespace.get(function)):
+        known = [name for name, value in namespace.items() if callable(value) and not isinstance(value, type)]
+        raise config.ConfigError(f"{path} has no function `{function}() -> Config`{config.suggest(function, known)}.")
+    try:
+        made = namespace[function]()
+    except TypeError as error:
+        raise config.ConfigError(f"{path}: {error}") from error
+    config.require(
+        isinstance(made, config.Config), f"{path}: {function}() returned {type(made).__name__}, not mmdiff.config.Config."
+    )
+    return made

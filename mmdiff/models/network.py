@@ -1,0 +1,126 @@
+"""The architecture without its parameters.
+
+Everywhere outside mmdiff/models and mmdiff/nn a model is a pair: a `Network`, hashable, and its parameters, a plain nested
+dict. `Network.bind` makes a module of the two, for use inside jit:
+
+    hidden(tokens, is_patch, z, u, cell, position, mask)     -> [b, t, d]
+    predict(hidden, cell)                                    -> [b, t, p], the prediction (x, eps or v) at patches
+    text_nats(hidden, targets), text_logits(hidden)          only with a vocabulary
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from mmdiff import config
+from mmdiff.models.rivals import Rival
+from mmdiff.models.transfusion import Transfusion, compute_type, is_layers, unrolled
+from mmdiff.parallel.sharding import Axes, Placement
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """See above. `mesh`: mmdiff/parallel/sharding.py."""
+
+    cfg: config.Model
+    vocabulary_size: int
+    """0: images alone."""
+    mesh: Mesh | None = None
+    grid: tuple[int, int] | None = None
+    """Rows and columns of patches of every image, for networks that take whole images."""
+
+    @classmethod
+    def of(cls, cfg: config.Config, vocabulary_size: int, mesh: Mesh | None = None) -> "Network":
+        """The network of an experiment."""
+        grid = None
+        if cfg.model.network != "transfusion" and cfg.fixed_size is not None:
+            height, width = cfg.fixed_size
+            grid = height // cfg.model.patch, width // cfg.model.patch
+        return cls(cfg.model, vocabulary_size if cfg.layout.markers else 0, mesh, grid)
+
+    @property
+    def patch_values(self) -> int:
+        return 3 * self.cfg.patch**2
+
+    @property
+    def cached_layers(self) -> int:
+        """Layers whose keys and values sampling keeps."""
+        return self.cfg.depth if self.cfg.network == "transfusion" else 0
+
+    @property
+    def place(self) -> Placement:
+        return Placement(self.mesh)
+
+    @property
+    def head(self) -> tuple[int, int, int]:
+        """Heads, key width and value width of a cache entry."""
+        cfg = self.cfg
+        if cfg.block == "gau":
+            return 1, cfg.key_width, cfg.expansion * cfg.width
+        return cfg.width // cfg.head_width, cfg.head_width, cfg.head_width
+
+    @property
+    def cache_axes(self) -> tuple[Axes, Axes]:
+        """Names of the axes of cached keys and values [b, h, s, .]."""
+        if self.cfg.block == "gau":
+            return ("rows", None, None, None), ("rows", None, None, "expansion")
+        return ("rows", "heads", None, None), ("rows", "heads", None, None)
+
+    @property
+    def compute_type(self):
+        return compute_type(self.cfg, self.place)
+
+    @property
+    def unrolled(self) -> bool:
+        return self.cfg.network == "transfusion" and unrolled(self.cfg, self.place)
+
+    def _module(self, key=0) -> Any:
+        if self.cfg.network != "transfusion":
+            return Rival(self.cfg, self.grid, nnx.Rngs(params=key), self.place)
+        return Transfusion(self.cfg, self.vocabulary_size, nnx.Rngs(params=key), self.place)
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Fresh parameters: a plain nested dict of float32 arrays."""
+        return nnx.to_pure_dict(nnx.state(self._module(key)))
+
+    @functools.lru_cache  # noqa: B019  networks are few
+    def axes(self) -> dict[str, Any]:
+        """The names of every parameter's axes: a tuple where `init` has an array."""
+        variables = nnx.state(nnx.eval_shape(self._module))
+        named = lambda path, v: (*[None] * (v.ndim - len(v.get_metadata()["axes"])), *v.get_metadata()["axes"])
+        return nnx.to_pure_dict(nnx.map_state(named, variables))
+
+    def stored(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Parameters, or anything of their structure, told to XLA to lie as stored parameters do; call it inside jit."""
+
+        def constrain(leaf, axes):
+            return tuple(self.place(a, *axes[1:]) for a in leaf) if is_layers(leaf) else self.place(leaf, *axes)
+
+        return jax.tree.map(constrain, params, self.axes(), is_leaf=is_layers)
+
+    def separate(self, params: dict[str, Any]) -> dict[str, Any]:
+        """The same parameters with a tuple of per-layer arrays for each stacked one; `restack` undoes it.
+
+        Sampling takes them so: a program that reads few positions would spend half its time cutting up stacked arrays.
+        """
+        if "blocks" not in params:
+            return params
+        split = lambda leaf: leaf if is_layers(leaf) else tuple(leaf[i] for i in range(self.cfg.depth))
+        layers = jax.tree.map(split, params["blocks"], is_leaf=is_layers)
+        return params | {"blocks": layers}
+
+    def restack(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Tuples of per-layer arrays as stacked ones; also for anything of the parameters' structure, as gradients."""
+        if "blocks" not in params:
+            return params
+        stack = lambda leaf: jnp.stack(leaf) if is_layers(leaf) else leaf
+        return params | {"blocks": jax.tree.map(stack, params["blocks"], is_leaf=is_layers)}
+
+    def bind(self, params: dict[str, Any]) -> Any:
+        """The module with these parameters."""
+        return nnx.merge(nnx.graphdef(nnx.eval_shape(self._module)), params)
