@@ -89,7 +89,9 @@ class Tiny:
 
 @functools.partial(jax.jit, static_argnames="network")
 def forward(network: Network, params, rows: Rows, z, u):
-    return network.bind(params)(rows.tokens, rows.is_patch, z, u, rows.cell, rows.position, rows.mask)
+    model = network.bind(params)
+    hidden = model.hidden(rows.tokens, rows.is_patch, z, u, rows.cell, rows.position, rows.mask)
+    return model.text_logits(hidden) if network.vocabulary_size else None, model.predict(hidden, rows.cell)
 
 
 def picture(grid_rows: int, grid_cols: int, seed: int = 0) -> Image:
@@ -105,15 +107,15 @@ def perturbed(params, size: float, seed: int = 1):
     return structure.unflatten([p + size * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)])
 
 
-def make_tiny(**model) -> Tiny:
+def make_tiny(markers: bool = True, **model) -> Tiny:
     shape = {"width": 48, "depth": 2, "key_width": 16, "head_width": 16, "compute": "float32"}
     cfg = config.Config(
         model=config.Model(**shape | model, patch=PATCH),
-        layout=config.Layout(row_length=64, max_grid=4),
+        layout=config.Layout(row_length=64, max_grid=4, markers=markers, time_token=model.get("time") == "token"),
         sampling=config.Sampling(steps=4, max_tokens=8),
     )
     vocabulary = Digits()
-    network = Network(cfg.model, vocabulary.size)
+    network = Network.of(cfg, vocabulary.size)
     return Tiny(cfg, network, perturbed(network.init(jax.random.key(0)), 0.15), vocabulary)
 
 

@@ -88,7 +88,7 @@ def update_ema(ema: Any, params: Any, decay: float, step: jax.Array, start: str 
     t = jnp.asarray(step, jnp.float32)
     if start == "zero":
         left = -jnp.expm1((t + 1) * math.log(decay)) if decay > 0 else jnp.ones(())  # 1 - decay^(t+1)
-        d = 1 - (1 - jnp.float32(decay)) / left
+        d = jnp.where(t > 0, 1 - (1 - jnp.float32(decay)) / left, 0.0)
     else:
         d = jnp.minimum(jnp.float32(decay), (1 + t) / (10 + t))
     return jax.tree.map(lambda e, p: d * e + (1 - d) * p.astype(jnp.float32), ema, params)

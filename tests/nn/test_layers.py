@@ -9,6 +9,7 @@ from flax import nnx
 from mmdiff.config import Model
 from mmdiff.layout import IntervalMask, patch_cells
 from mmdiff.models.patches import RawPatches
+from mmdiff.nn.around import TIME_WIDTH, Around
 from mmdiff.nn.gau import GatedAttentionUnit
 from mmdiff.nn.layers import Linear, RMSNorm
 from mmdiff.nn.rope import rotation
@@ -27,11 +28,16 @@ def swish(x):
     return x / (1 + np.exp(-x))
 
 
-def turn(x, position, base):
+def turn(x, position, p, cfg, head=0):
     """2-D RoPE by complex numbers: x [b, t, c], position [b, t, 2]."""
     half = x.shape[-1] // 2
-    frequencies = base ** (-np.arange(half // 2) / (half // 2))
-    angle = np.concatenate([position[..., :1] * frequencies, position[..., 1:] * frequencies], -1)
+    if cfg.rope == "none":
+        return x
+    if cfg.rope == "mixed":
+        angle = position @ p["turn"]["frequencies"][head].T
+    else:
+        frequencies = cfg.rope_base ** (-np.arange(half // 2) / (half // 2))
+        angle = np.concatenate([position[..., :1] * frequencies, position[..., 1:] * frequencies], -1)
     pairs = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
     return np.concatenate([pairs.real, pairs.imag], -1)
 
@@ -42,36 +48,55 @@ def mix(q, k, v, allowed, scale):
     return weights / weights.sum(-1, keepdims=True) @ v
 
 
-def gau_by_hand(p, x, position, allowed, cfg):
-    h = rms(x, p["norm"]["scale"])
-    u, v = (swish(h @ p["gates"]["kernel"][:, i]) for i in (0, 1))
-    z = swish(h @ p["shared"]["kernel"])
+def dense(p, h, *part):
+    """h W + b, of one of several matrices side by side if `part` says which."""
+    return h @ p["kernel"][(slice(None), *part)] + (p["bias"][part] if "bias" in p else 0)
+
+
+def modulations(p, time, count):
+    """Scale, shift and gate of each branch; without effect where the layer has none."""
+    if "modulation" not in p:
+        return [0, 0, 1] * (count // 3)
+    return [dense(p["modulation"]["linear"], time, i) for i in range(count)]
+
+
+def gau_by_hand(p, x, position, time, allowed, cfg):
+    scale, shift, gate = modulations(p, time, 3)
+    h = rms(x, p["norm"]["scale"]) * (1 + scale) + shift
+    u, v = (swish(dense(p["gates"], h, i)) for i in (0, 1))
+    z = swish(dense(p["shared"], h))
     q, k = (z * p["scale_qk"][i] + p["shift_qk"][i] for i in (0, 1))
     if cfg.qk_norm:
         q, k = rms(q, p["norm_q"]["scale"]), rms(k, p["norm_k"]["scale"])
-    q, k = (turn(a, position, cfg.rope_base) for a in (q, k))
-    return x + (u * mix(q, k, v, allowed, cfg.key_width**-0.5)) @ p["out"]["kernel"]
+    q, k = (turn(a, position, p, cfg) for a in (q, k))
+    return x + gate * dense(p["out"], u * mix(q, k, v, allowed, cfg.key_width**-0.5))
 
 
-def transformer_by_hand(p, x, position, allowed, cfg):
-    q, k, v = (rms(x, p["norm_attention"]["scale"]) @ p["qkv"]["kernel"][:, i] for i in range(3))
+def transformer_by_hand(p, x, position, time, allowed, cfg):
+    scale, shift, gate, scale_mlp, shift_mlp, gate_mlp = modulations(p, time, 6)
+    h = rms(x, p["norm_attention"]["scale"]) * (1 + scale) + shift
+    q, k, v = (dense(p["qkv"], h, i) for i in range(3))
     heads = []
-    for start in range(0, cfg.width, cfg.head_width):
+    for head, start in enumerate(range(0, cfg.width, cfg.head_width)):
         part = slice(start, start + cfg.head_width)
         one, two = q[..., part], k[..., part]
         if cfg.qk_norm:
             one, two = rms(one, p["norm_q"]["scale"]), rms(two, p["norm_k"]["scale"])
-        one, two = (turn(a, position, cfg.rope_base) for a in (one, two))
+        one, two = (turn(a, position, p, cfg, head) for a in (one, two))
         heads.append(mix(one, two, v[..., part], allowed, cfg.head_width**-0.5))
-    x = x + np.concatenate(heads, -1) @ p["attention_out"]["kernel"]
-    gate, up = (rms(x, p["norm_mlp"]["scale"]) @ p["gate_up"]["kernel"][:, i] for i in (0, 1))
-    return x + (swish(gate) * up) @ p["down"]["kernel"]
+    x = x + gate * dense(p["attention_out"], np.concatenate(heads, -1))
+    h = rms(x, p["norm_mlp"]["scale"]) * (1 + scale_mlp) + shift_mlp
+    inner, up = (dense(p["gate_up"], h, i) for i in (0, 1))
+    return x + gate_mlp * dense(p["down"], swish(inner) * up)
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
+OPTIONS = [{}, {"qk_norm": True}, {"bias": True}, {"rope": "mixed"}, {"rope": "none"}, {"time": "adaln", "bias": True}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=repr)
 @pytest.mark.parametrize(("block", "by_hand"), [(GatedAttentionUnit, gau_by_hand), (TransformerBlock, transformer_by_hand)])
-def test_block_equals_numpy(block, by_hand, qk_norm):
-    cfg = Model(width=24, depth=1, patch=2, key_width=8, head_width=12, qk_norm=qk_norm)
+def test_block_equals_numpy(block, by_hand, options):
+    cfg = Model(width=24, depth=1, patch=2, key_width=8, head_width=12, **options)
     rng = np.random.default_rng(0)
     module = block(cfg, nnx.Rngs(params=0))
     graph, state = nnx.split(module)
@@ -82,13 +107,15 @@ def test_block_equals_numpy(block, by_hand, qk_norm):
     t = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
     mask = IntervalMask(t // 3, t + 1, np.minimum(t + 2, T - 1), np.minimum(t + 3, T))
     angles = rotation(jnp.asarray(position), cfg.key_width if block is GatedAttentionUnit else cfg.head_width, cfg.rope_base)
-    ours, _ = jax.jit(lambda x: module(x, angles, mask, None))(x)
+    time = 0.1 * rng.standard_normal((B, T, TIME_WIDTH)).astype(np.float32)
+    around = Around(position, angles if cfg.rope == "axial" else None, mask, time)
+    ours, _ = jax.jit(lambda x: module(x, around, None))(x)
     exact = jax.tree.map(lambda a: a.astype(np.float64), params)
     allowed = np.asarray(mask.dense(T))
-    np.testing.assert_allclose(ours, by_hand(exact, x, position, allowed, cfg), atol=5 * TOLERANCE, rtol=TOLERANCE)
+    np.testing.assert_allclose(ours, by_hand(exact, x, position, time, allowed, cfg), atol=5 * TOLERANCE, rtol=TOLERANCE)
     allowed = allowed.copy()
     allowed[:, 5, 2] ^= True  # the comparison sees one wrong entry of the mask
-    assert np.abs(ours - by_hand(exact, x, position, allowed, cfg))[:, 5].max() > 1e-3
+    assert np.abs(ours - by_hand(exact, x, position, time, allowed, cfg))[:, 5].max() > 1e-3
 
 
 def test_rms_norm():

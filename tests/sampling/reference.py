@@ -30,8 +30,10 @@ class Reference:
     def row(self, pieces, plans):
         """A batch of one row that holds the stream of `pieces` (no [EOS]) and its noised blocks, and the stream's length."""
         values = 3 * self.cfg.model.patch**2
+        given = self.cfg.layout
+        layout = config.Layout(max_grid=4, markers=given.markers, time_token=given.time_token)
         laid, _ = lay_out(
-            pieces, plans, self.vocabulary, config.Layout(max_grid=4), patch_values=values,
+            pieces, plans, self.vocabulary, layout, patch_values=values,
             positions=self.cfg.model.positions, end=False,
         )  # fmt: skip
         return stack([pack([laid], LENGTH)]), int((~laid.noised).sum())
@@ -53,9 +55,10 @@ class Reference:
         time = sigma / (1 + sigma)
         alpha, scale = (float(a) for a in make_schedule(self.cfg.diffusion)(np.float32(time)))
         z = (rows.patches / np.float32(127.5) - 1) * rows.is_patch[..., None]
-        z[rows.noised] = alpha * point
+        drawn = rows.noised & rows.is_patch
+        z[drawn] = alpha * point
         u = np.where(rows.noised, time, 0).astype(np.float32)
-        output = self.tiny.forward(rows, z.astype(np.float32), u)[1][0, rows.noised[0]]
+        output = self.tiny.forward(rows, z.astype(np.float32), u)[1][0, drawn[0]]
         source = self.cfg.diffusion.prediction
         return np.asarray(
             prediction.convert(output, alpha * point, alpha, scale, source=source, target="x", clip=1e-4), np.float64
