@@ -111,6 +111,8 @@ def text(report: dict[str, Any]) -> str:
     sampling = report["sampling"]
     drawn = f"{sampling['documents']} documents, {sampling['patches']} patches, {sampling['network_evaluations']} evaluations"
     lines.append(row("drawing images", f"{drawn}: peak {gib(sampling['peak_hbm_bytes'])} per device"))
+    if capacity and sampling["peak_hbm_bytes"] > capacity:
+        lines.append(row("", f"DOES NOT FIT in {gib(capacity)}: draw on a mesh with a larger mesh.tensor"))
     lines.append(row("compiled in", f"{report['compile_seconds']:.0f} s and {sampling['compile_seconds']:.0f} s"))
     if "remedy" in report:
         found = report["remedy"]

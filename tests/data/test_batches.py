@@ -202,3 +202,23 @@ def test_the_rows_of_all_processes_are_the_batch(processes):
     streamed = [next(iter(batches.iterate(3, 4, part.tolist()))) for part in parts]
     assert [as_bytes(rows) for rows in streamed] == [as_bytes(rows) for rows in read]
     assert as_bytes(batches.batch(3, parts[-1][::-1].tolist())) != as_bytes(read[-1])
+
+
+def test_images_alone():
+    """Whatever else the documents hold, rows are the noised blocks of their learnt images."""
+    size = np.zeros((16, 16, 3), np.uint8)
+    documents = [
+        captioned(size + 1),
+        Document("text alone"),
+        Document(Image(size + 2, learn=False), "given", Image(size + 3)),
+        Document(Image(size + 4), "and", Image(size + 5)),
+    ]
+    cfg = dataclasses.replace(configured(batch_size=1), layout=Layout(markers=False, row_length=16))
+    batches = Batches(Documents(documents), VOCABULARY, cfg)
+    assert batches.rows_per_epoch() == 1 and batches.waste() == 0
+    rows = batches.batch(0)
+    assert rows.noised.all() and not rows.text_weight.any() and not rows.tokens.any()
+    assert sorted(rows.patches[0, ::4, 0].tolist()) == [1, 3, 4, 5]
+    np.testing.assert_array_equal(rows.mask.dense(16)[0], np.kron(np.eye(4), np.ones((4, 4))) > 0)
+    with pytest.raises(DataError, match="images alone"):
+        Batches(Documents([Document("text")]), VOCABULARY, cfg)

@@ -17,6 +17,13 @@ def test_uniform_u():
     np.testing.assert_allclose(sigmas / (1 + sigmas), [0.8, 0.6, 0.4, 0.2, 0.0], atol=1e-12)
 
 
+def test_ddpm_table():
+    alpha = np.cumprod(np.sqrt(1 - 0.02 * np.arange(1, 1001) / 1000))
+    levels = np.sqrt(1 / alpha**2 - 1)
+    np.testing.assert_allclose(grids.make_grid("ddpm_table", 1000, 80.0, 0.01), [*levels[::-1], 0])
+    np.testing.assert_allclose(grids.make_grid("ddpm_table", 4, 80.0, 0.01), [*levels[[999, 749, 499, 249]], 0])
+
+
 def test_shift_multiplies_every_level():
     plain, shifted = (grids.make_grid("uniform_u", 8, 80.0, 0.01, shift) for shift in (1.0, 3.0))
     np.testing.assert_allclose(shifted, 3 * plain)
@@ -25,6 +32,7 @@ def test_shift_multiplies_every_level():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("ddpm_table", 1001, 80.0, 0.01), "1000 levels"),
         (("karras", 4, 80.0, 0.01), "unknown grid 'karras'"),
         (("uniform_u", 0, 80.0, 0.01), "at least 1 interval"),
         (("uniform_u", 4, 0.01, 80.0), "below sigma_max"),

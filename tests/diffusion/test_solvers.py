@@ -262,3 +262,27 @@ def test_the_network_is_traced_once_and_state_is_float32_for_a_bfloat16_network(
         x_hat = solvers.solve(denoise, jnp.ones(3), grids.make_grid("uniform_u", 4, SIGMA_MAX, SIGMA_MIN), solver)
         assert x_hat.dtype == jnp.float32
         assert traces == [jnp.float32]
+
+
+@pytest.mark.parametrize("solver", ["ddpm_large", "ddpm"])
+def test_the_ancestral_sampler_in_the_coordinates_of_its_source(solver):
+    """z <- (z - beta^2 / beta_bar eps) / alpha + beta noise, on the table of 1000 steps, for a linear denoiser."""
+    with jax.enable_x64(True):
+        sigmas = grids.make_grid("ddpm_table", 1000, 80.0, 0.01)
+        denoise = lambda x, sigma: x / (1 + sigma**2)  # of standard normal data
+        noises = jnp.asarray(np.random.default_rng(0).standard_normal((1001, 7)))
+        noise = lambda step: noises[step]
+        start = sigmas[0] * noise(1000)
+        ours = solvers.solve(denoise, start, sigmas, solver, noise)
+    alpha = np.sqrt(1 - 0.02 * np.arange(1, 1001) / 1000)
+    alpha_bar = np.cumprod(alpha)
+    beta, beta_bar = np.sqrt(1 - alpha**2), np.sqrt(1 - alpha_bar**2)
+    z = np.asarray(start) * alpha_bar[-1]
+    for i in range(999, -1, -1):
+        x_hat = z / alpha_bar[i] * alpha_bar[i] ** 2
+        eps = (z - alpha_bar[i] * x_hat) / beta_bar[i]
+        z = (z - beta[i] ** 2 / beta_bar[i] * eps) / alpha[i]
+        if i:
+            z = z + beta[i] * np.asarray(noises[999 - i])
+    agree = np.allclose(ours, z, atol=1e-6)
+    assert agree == (solver == "ddpm_large"), np.abs(np.asarray(ours) - z).max()
