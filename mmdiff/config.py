@@ -169,7 +169,7 @@ class Layout:
     """Largest number of patch rows or columns the vocabulary can name."""
 
     def __post_init__(self):
-        require(self.row_length >= 8, f"layout.row_length={self.row_length} must be at least 8.")
+        require(self.row_length >= 4, f"layout.row_length={self.row_length} must be at least 4.")
         for name in ("trailing_context", "text_drop", "max_context_u"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"layout.{name}={value} must be between 0 and 1.")

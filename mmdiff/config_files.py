@@ -4,6 +4,7 @@ import dataclasses
 import runpy
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,24 @@ def field_names(kind: type, prefix: str = "") -> list[str]:
         else:
             names.append(prefix + field.name)
     return names
+
+
+def replaced(cfg: config.Config, changes: Mapping[str, Any]) -> config.Config:
+    """`cfg` with some fields changed, by their dotted names, all at once.
+
+    Raises:
+      ConfigError: unknown field (with a suggestion), wrong type, or values that do not go together.
+    """
+    values = dataclasses.asdict(cfg)
+    for name, value in changes.items():
+        *groups, field = name.split(".")
+        inside = values
+        for group in groups:
+            inside = inside.get(group, {})
+        if not isinstance(inside, dict) or field not in inside or isinstance(inside[field], dict):
+            raise config.ConfigError(f"unknown field '{name}'{config.suggest(name, field_names(config.Config))}")
+        inside[field] = value
+    return from_dict(config.Config, values)
 
 
 def from_dict(kind: type, values: dict[str, Any], prefix: str = "") -> Any:

@@ -71,7 +71,7 @@ INVALID = [
     (lambda: Model(block="attention", width=100), "model.width", "100"),
     (lambda: Model(block="attention", width=54, head_width=54), "model.head_width", "54"),
     (lambda: Model(rope_base=1.0), "model.rope_base", "1.0"),
-    (lambda: Layout(row_length=4), "layout.row_length", "4"),
+    (lambda: Layout(row_length=3), "layout.row_length", "3"),
     (lambda: Layout(trailing_context=1.5), "layout.trailing_context", "1.5"),
     (lambda: Layout(text_drop=-0.1), "layout.text_drop", "-0.1"),
     (lambda: Layout(max_context_u=2.0), "layout.max_context_u", "2.0"),
@@ -253,3 +253,14 @@ def test_help_exits_with_0(capsys, arguments):
 def test_python_dash_m_is_the_command(mmdiff_command):
     done = mmdiff_command("tarin")
     assert done.returncode == 2 and done.stderr == "mmdiff: unknown command 'tarin'; did you mean 'train'?\n"
+
+
+def test_fields_are_replaced_by_dotted_names_all_at_once():
+    # neither change would be allowed alone
+    changed = config_files.replaced(Config(), {"model.time": "token", "layout.time_token": True, "data.image_size": [8, 8]})
+    assert changed.model.time == "token" and changed.layout.time_token and changed.data.image_size == (8, 8)
+    for name, hint in (("model.widht", "did you mean 'model.width'"), ("model", "unknown field"), ("model.width.x", "unknown")):
+        with pytest.raises(ConfigError, match=hint):
+            config_files.replaced(Config(), {name: 1})
+    with pytest.raises(ConfigError, match="wrong type"):
+        config_files.replaced(Config(), {"model.width": "wide"})

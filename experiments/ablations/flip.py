@@ -1,0 +1,16 @@
+"""Mirrored images."""
+
+from pathlib import Path
+
+from mmdiff.sweeps.sweep import Sweep
+
+from mmdiff.config_files import load_experiment, replaced
+
+BASE = load_experiment(Path(__file__).parents[1] / "faces_32.py")
+
+
+def sweep() -> Sweep:
+    return Sweep(
+        question="Does mirroring the images help?",
+        arms={"flip": BASE, "no-flip": replaced(BASE, {"data.flip": False})},
+    )

@@ -1,0 +1,22 @@
+"""The update rule, each at a few learning rates."""
+
+from pathlib import Path
+
+from mmdiff.sweeps.sweep import Sweep
+
+from mmdiff.config_files import load_experiment, replaced
+
+BASE = load_experiment(Path(__file__).parents[1] / "faces_32.py")
+
+
+def sweep() -> Sweep:
+    rates = {"adamw": (1.5e-3, 5e-4, 4e-3), "muon": (1.5e-3, 4e-3), "lamb": (5e-3, 1.5e-2)}
+    arms = {
+        f"{name}-{rate:g}": {"optimizer.name": name, "optimizer.learning_rate": rate}
+        for name, each in rates.items()
+        for rate in each
+    }
+    return Sweep(
+        question="Which update rule learns fastest?",
+        arms={name: replaced(BASE, changes) for name, changes in arms.items()},
+    )

@@ -1,0 +1,45 @@
+"""The seed's recipe against ours, on one network of the seed's kind, small.
+
+The seed's learning rate rises over 4,000 of 500,000 updates and falls in steps until 40,000; here the same curve lies over a
+run a fifteenth as long as those 40,000.
+"""
+
+from pathlib import Path
+
+from mmdiff.sweeps.sweep import Sweep
+
+from mmdiff.config_files import load_experiment, replaced
+
+BASE = load_experiment(Path(__file__).parents[1] / "faces_32.py")
+SEED = {
+    "model.bias": True,
+    "model.places": "none",
+    "model.rope_base": 1000.0,
+    "model.time_embedding": "table",
+    "diffusion.schedule": "ddpm",
+    "diffusion.prediction": "eps",
+    "diffusion.loss": "eps",
+    "diffusion.time_sampling": "uniform",
+    "diffusion.reduction": "sum",
+    "optimizer.name": "lamb",
+    "optimizer.decay": "points",
+    "optimizer.points": ((0, 0.0), (267, 1.0), (1333, 0.5), (2667, 0.1)),
+    "optimizer.b2": 0.999,
+    "optimizer.eps": 1e-7,
+    "optimizer.clip": 0.0,
+    "training.ema_start": "zero",
+    "sampling.steps": 1000,
+    "sampling.solver": "ddpm_large",
+    "sampling.grid": "ddpm_table",
+}
+
+
+def sweep() -> Sweep:
+    arms = {"seed": SEED | {"optimizer.learning_rate": 1e-3}, "seed-lr-5e-3": SEED | {"optimizer.learning_rate": 5e-3}}
+    arms["ours"] = {}
+    return Sweep(
+        question="How many steps does our recipe need for what the seed's reaches?",
+        arms={name: replaced(BASE, changes) for name, changes in arms.items()},
+        baseline_seeds=2,
+        seeds=2,
+    )
