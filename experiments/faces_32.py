@@ -13,7 +13,7 @@ from mmdiff.config import Config, Data, Layout, Model, Optimizer, Sampling, Trai
 def config() -> Config:
     return Config(
         name="faces_32",
-        model=Model(width=192, depth=8, patch=4, key_width=64, head_width=32),
+        model=Model(width=192, depth=4, patch=4, key_width=64, head_width=32),
         layout=Layout(markers=False, row_length=64),
         data=Data(source="documents", path="data/faces_32", image_size=(32, 32), vocabulary="bytes", flip=True),
         optimizer=Optimizer(learning_rate=1.5e-3, warmup=100),

@@ -12,7 +12,7 @@ BASE = load_experiment(Path(__file__).parents[1] / "faces_32.py")
 def sweep() -> Sweep:
     arms = {
         f"{block}{'-norm' if norm else ''}": {"model.block": block, "model.depth": depth, "model.qk_norm": norm}
-        for block, depth in (("gau", 8), ("attention", 4))
+        for block, depth in (("gau", 4), ("attention", 2))
         for norm in (False, True)
     }
     return Sweep(
