@@ -1,4 +1,4 @@
-"""Reading configurations: from plain JSON values, and from the `config()` of an experiment file."""
+"""Reading configurations: from plain JSON values, from JSON files, and from the `config()` of an experiment file."""
 
 import dataclasses
 import runpy
@@ -6,9 +6,11 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from mmdiff import config
+
+Made = TypeVar("Made")
 
 
 def field_names(kind: type, prefix: str = "") -> list[str]:
@@ -82,14 +84,39 @@ def _check_type(value: Any, annotation: Any, name: str) -> None:
 def load_experiment(path: str | Path) -> config.Config:
     """The Config that `config()` of an experiment file returns, or with FILE.py:FUNCTION another function of it.
 
+    A FILE.json is read as the configuration itself, as a workdir's config.json.
+
     Raises:
       config.ConfigError: no such file or function, or an invalid configuration.
     """
+    if str(path).endswith(".json"):
+        return _read_json(Path(path))
     file, colon, function = str(path).rpartition(":")
     path, function = (Path(file), function) if colon and file.endswith(".py") else (Path(path), "config")
+    return run_function(path, function, config.Config)
+
+
+def _read_json(path: Path) -> config.Config:
+    if not path.is_file():
+        raise config.ConfigError(f"no configuration file {str(path)!r}")
+    try:
+        return config.Config.from_json(path.read_text())
+    except (ValueError, AttributeError) as error:  # no JSON, or JSON that is no object
+        raise config.ConfigError(f"{path}: not a configuration: {error}") from error
+    except config.ConfigError as error:
+        raise config.ConfigError(f"{path}: {error}") from error
+
+
+def run_function(path: Path, function: str, kind: type[Made]) -> Made:
+    """What `function()` of a Python file returns, which must be a `kind`.
+
+    Raises:
+      config.ConfigError: no such file or function, or another thing returned.
+    """
     if not path.is_file():
         known = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise config.ConfigError(f"no experiment file {str(path)!r}{config.suggest(str(path), known)}")
+        what = "experiment" if kind is config.Config else kind.__name__.lower()
+        raise config.ConfigError(f"no {what} file {str(path)!r}{config.suggest(str(path), known)}")
     try:
         namespace = runpy.run_path(str(path))
     except SyntaxError as error:
@@ -98,12 +125,12 @@ def load_experiment(path: str | Path) -> config.Config:
         raise config.ConfigError(f"{path}: {error}") from error
     if not callable(namespace.get(function)):
         known = [name for name, value in namespace.items() if callable(value) and not isinstance(value, type)]
-        raise config.ConfigError(f"{path} has no function `{function}() -> Config`{config.suggest(function, known)}.")
+        hint = config.suggest(function, known)
+        raise config.ConfigError(f"{path} has no function `{function}() -> {kind.__name__}`{hint}.")
     try:
         made = namespace[function]()
     except TypeError as error:
         raise config.ConfigError(f"{path}: {error}") from error
-    config.require(
-        isinstance(made, config.Config), f"{path}: {function}() returned {type(made).__name__}, not mmdiff.config.Config."
-    )
+    wanted = f"{kind.__module__}.{kind.__qualname__}"
+    config.require(isinstance(made, kind), f"{path}: {function}() returned {type(made).__name__}, not {wanted}.")
     return made

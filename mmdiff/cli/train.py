@@ -14,7 +14,8 @@ from mmdiff.cli.main import DIVERGED, NOT_SAVED, PREEMPTED, USAGE
 
 HELP = """usage: mmdiff train EXPERIMENT.py[:FUNCTION] --workdir DIR [--FIELD VALUE ...] [options]
 
-Trains the configuration that config() (or FUNCTION()) of EXPERIMENT.py returns, or resumes DIR if it holds a run.
+Trains the configuration that config() (or FUNCTION()) of EXPERIMENT.py returns, or resumes DIR if it holds a run. In place
+of EXPERIMENT.py stands a configuration as JSON just as well, such as another run's config.json.
 
   --fields                list every field
   --strict                stop at a damaged checkpoint instead of going back to an older one
@@ -124,15 +125,15 @@ def unknown_field(arguments: list[str]) -> str | None:
     return None
 
 
-def override(cfg: config.Config, arguments: list[str]) -> config.Config:
+def override(cfg: config.Config, arguments: list[str], command: str = "train") -> config.Config:
     """Apply `--model.width 512` and the like; a value that does not parse ends with one line and exit code 2."""
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
-            return tyro.cli(config.Config, default=cfg, args=arguments, prog="mmdiff train EXPERIMENT.py --workdir DIR")
+            return tyro.cli(config.Config, default=cfg, args=arguments, prog=f"mmdiff {command} FILE.py --workdir DIR")
     except SystemExit as stop:
         if stop.code:
-            print(f"mmdiff train: {first_sentence(told.getvalue())}; see --fields", file=sys.stderr)
+            print(f"mmdiff {command}: {first_sentence(told.getvalue())}; see --fields", file=sys.stderr)
         raise
 
 

@@ -22,7 +22,7 @@ def check_workdir(cfg: config.Config, workdir: Path) -> None:
     if not path.is_file():
         return
     old = config.Config.from_json(path.read_text())
-    before, after = _flat(json.loads(old.to_json())), _flat(json.loads(cfg.to_json()))
+    before, after = flat(json.loads(old.to_json())), flat(json.loads(cfg.to_json()))
     for name, value in after.items():
         if name in FREE or name.startswith(FREE_GROUPS) or before.get(name) == value:
             continue
@@ -31,11 +31,12 @@ def check_workdir(cfg: config.Config, workdir: Path) -> None:
         )
 
 
-def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: dict, prefix: str = "") -> dict[str, Any]:
+    """Values by dotted name."""
+    found: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
 
 
 def check_same(saved: dict, now: dict, workdir: Path) -> None:
