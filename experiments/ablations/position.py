@@ -10,7 +10,7 @@ BASE = load_experiment(Path(__file__).parents[1] / "faces_32.py")
 
 
 def sweep() -> Sweep:
-    arms = {"axial-100+smooth": {}}
+    arms = {"axial-100-smooth": {}}
     arms |= {f"axial-{base}": {"model.places": "none", "model.rope_base": float(base)} for base in (10, 100, 1000, 10000)}
     arms |= {
         "mixed": {"model.places": "none", "model.rope": "mixed", "model.rope_base": 10.0},

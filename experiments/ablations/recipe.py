@@ -1,14 +1,13 @@
 """The seed's recipe against ours, on one network of the seed's kind, small.
 
-The seed's learning rate rises over 4,000 of 500,000 updates and falls in steps until 40,000; here the same curve lies over a
-run a fifteenth as long as those 40,000.
+The seed's learning rate rises over 4,000 updates and falls until 40,000 (of 500,000); here that curve of 40,000 is laid over
+the run, however long it is.
 """
 
 from pathlib import Path
 
-from mmdiff.sweeps.sweep import Sweep
-
 from mmdiff.config_files import load_experiment, replaced
+from mmdiff.sweeps.sweep import Sweep
 
 BASE = load_experiment(Path(__file__).parents[1] / "faces_32.py")
 SEED = {
@@ -23,7 +22,8 @@ SEED = {
     "diffusion.reduction": "sum",
     "optimizer.name": "lamb",
     "optimizer.decay": "points",
-    "optimizer.points": ((0, 0.0), (267, 1.0), (1333, 0.5), (2667, 0.1)),
+    "optimizer.points": ((0, 0.0), (4000, 1.0), (20_000, 0.5), (40_000, 0.1)),
+    "training.steps": 40_000,
     "optimizer.b2": 0.999,
     "optimizer.eps": 1e-7,
     "optimizer.clip": 0.0,

@@ -16,7 +16,7 @@ def sweep() -> Sweep:
         "conv": base | {"model.patch_head": "conv"},
         "overlap-1": base | {"model.overlap": 1},
         "overlap-2": base | {"model.overlap": 2},
-        "conv+overlap-2": base | {"model.patch_head": "conv", "model.overlap": 2},
+        "conv-overlap-2": base | {"model.patch_head": "conv", "model.overlap": 2},
     }
     return Sweep(
         question="Which head removes the seams between patches of 8?",
