@@ -17,6 +17,6 @@ def config() -> Config:
         layout=Layout(markers=False, row_length=64),
         data=Data(source="documents", path="data/faces_32", image_size=(32, 32), vocabulary="bytes", flip=True),
         optimizer=Optimizer(learning_rate=1.5e-3, warmup=100),
-        training=Training(steps=1000, batch_size=32, accumulate=2, ema=0.998, validation_rows=256),
+        training=Training(steps=1000, batch_size=32, accumulate=2, ema=0.998, validation_rows=96),
         sampling=Sampling(steps=10),
     )
