@@ -100,5 +100,3 @@ def say(line: str, live: bool = False) -> None:
         print(f"\r\x1b[K{line}", end="" if live else "\n", flush=True)
     elif not live:
         print(line, flush=True)
-
-

@@ -156,7 +156,7 @@ class Runner:
             self._finished(run, {} if active.training else json.loads(active.out.read_text()))
 
     def _finished(self, run: Run, measured: dict[str, float | None]) -> None:
-        last = next((r for r in reversed(read_metrics(run.folder)) if "x_error" in r), {})
+        last: dict[str, Any] = next((r for r in reversed(read_metrics(run.folder)) if "x_error" in r), {})
         metrics = {name: last.get(name) for name in self._plan.metrics if name in FROM_VALIDATION} | measured
         absent = [name for name in metrics if name in FROM_VALIDATION and name not in last]
         if absent:

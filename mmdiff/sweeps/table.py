@@ -1,0 +1,128 @@
+"""The final table of a sweep, as strings, and what it says in words. The same workdir gives the same bytes."""
+
+import math
+from collections.abc import Sequence
+
+from mmdiff.sweeps.progress import clock_time
+from mmdiff.sweeps.results import ArmResult, Results, mean_and_interval, within_noise
+
+WITHIN, UNKNOWN = "≈", "?"
+LOWER = ("x_error", "text_bits_per_byte", "image_bits_per_dim")
+HIGHER = ("accuracy", "exact", "validity")  # parts of a name
+NOTES = (
+    "± is the 95% confidence interval of the mean over seeds (Student's t; '-' for one seed).",
+    f"{WITHIN} behind a ratio to the baseline: the arm is no further from it than its own seeds would be; {UNKNOWN}: not known, "
+    "for the baseline has fewer than two seeds.",
+    "Step time is training alone; total time is the whole run, with start, compilation, validation, samples and what kills lost.",
+)
+
+Table = list[list[str]]
+"""The first row is the header."""
+
+
+def final_table(results: Results, *, costs: bool = True) -> Table:
+    """One row per arm; with `costs=False` only what does not depend on how fast the machine was."""
+    metrics = results.metrics
+    header = ["arm", "seeds"]
+    header += ["steps", "parameters", "FLOPs per step", "step time", "total time"] if costs else []
+    for metric in metrics:
+        header += [f"{metric}{arrow(metric)}", f"ratio to {results.baseline.name}"]
+    return [header, *(_row(results, arm, metrics, costs) for arm in results.arms)]
+
+
+def _row(results: Results, arm: ArmResult, metrics: Sequence[str], costs: bool) -> list[str]:
+    planned, done = arm.planned, len(arm.finished)
+    wanted = len(planned.seeds)
+    cells = [arm.name, str(done) if done == wanted else f"{done} of {wanted}"]
+    if costs:
+        known = bool(planned.steps)
+        seconds, total = arm.average("step_seconds"), arm.average("seconds")
+        cells += [
+            f"{planned.steps:,}" if known else "-",
+            f"{planned.parameters:,}" if known else "-",
+            f"{planned.flops_per_step:.3g}" if known else "-",
+            duration(seconds) if seconds is not None else "-",
+            clock_time(total) if total is not None else "-",
+        ]
+    for metric in metrics:
+        cells += [value_cell(arm, metric), ratio_cell(arm, results.baseline, metric)]
+    return cells
+
+
+def finite(arm: ArmResult, metric: str) -> list[float] | None:
+    """The values of a metric; None if there are none, or one of them is not a number."""
+    values = arm.values(metric)
+    plain = [value for value in values if value is not None]
+    return plain if plain and len(plain) == len(values) else None
+
+
+def value_cell(arm: ArmResult, metric: str) -> str:
+    values = finite(arm, metric)
+    if values is None:
+        return "not finite" if arm.values(metric) else "-"
+    mean, half = mean_and_interval(values)
+    return f"{mean:.4g} ± {'-' if half is None else f'{half:.2g}'}"
+
+
+def ratio_cell(arm: ArmResult, baseline: ArmResult, metric: str) -> str:
+    values, base = finite(arm, metric), finite(baseline, metric)
+    if arm is baseline:
+        return "1" if values is not None else "-"
+    if values is None or base is None:
+        return "-"
+    mark = {None: f" {UNKNOWN}", True: f" {WITHIN}", False: ""}[within_noise(values, base)]
+    below = sum(base) / len(base)
+    return f"{sum(values) / len(values) / below:.3f}{mark}" if below else f"-{mark}"
+
+
+def findings(results: Results) -> list[str]:
+    """One sentence for each arm but the baseline, about the first metric."""
+    metrics = results.metrics
+    if not metrics:
+        return []
+    metric, base = metrics[0], results.baseline
+    theirs, told = finite(base, metric), []
+    for arm in results.arms[1:]:
+        values = finite(arm, metric)
+        if values is None or theirs is None:
+            continue
+        mean, mean_0 = sum(values) / len(values), sum(theirs) / len(theirs)
+        noise = within_noise(values, theirs)
+        if mean == mean_0 or not mean_0:
+            told.append(f"{arm.name} and {base.name} have a {metric} of {mean:.4g} and {mean_0:.4g}.")
+            continue
+        change = f"{100 * abs(mean / mean_0 - 1):.2g}% {'lower' if mean < mean_0 else 'higher'}"
+        judged = {
+            None: "whether that is more than chance cannot be told from one baseline seed",
+            True: f"no further than {base.name}'s own seeds lie apart, so it may be chance",
+            False: f"more than the seeds of {base.name} explain",
+        }[noise]
+        verdict = f" ({better_or_worse(metric, mean < mean_0)})" if noise is False and arrow(metric) else ""
+        told.append(f"{arm.name}: {metric} {mean:.4g}, {change} than {base.name}'s {mean_0:.4g}{verdict}: {judged}.")
+    return told
+
+
+def better_or_worse(metric: str, lower: bool) -> str:
+    return "better" if lower == (arrow(metric) == " ↓") else "worse"
+
+
+def arrow(metric: str) -> str:
+    """Which way is better, where that is known."""
+    if metric in LOWER:
+        return " ↓"
+    return " ↑" if any(part in metric for part in HIGHER) else ""
+
+
+def markdown(table: Table) -> str:
+    """A table ready to paste."""
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in table]
+    lines = ["| " + " | ".join(row) + " |" for row in escaped]
+    return "\n".join([lines[0], "|" + " --- |" * len(table[0]), *lines[1:]])
+
+
+def duration(seconds: float) -> str:
+    """One step's time, three digits."""
+    if seconds >= 1:
+        return f"{seconds:.3g} s"
+    digits = max(0, 2 - math.floor(math.log10(max(1000 * seconds, 1e-3))))
+    return f"{1000 * seconds:.{digits}f} ms"
