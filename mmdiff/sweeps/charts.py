@@ -12,11 +12,11 @@ Points = list[tuple[float, float]]
 
 WIDTH, HEIGHT = 440, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 44
-LETTER = 6.4  # pixels, about
+LETTER, BOLD = 6.4, 7.7  # pixels of a letter, about
 LABELLED = 6  # arms whose lines are labelled
 COLOURS = 7
 DASHES = ("", "6 3", "2 3")
-LOG_X, LOG_Y = 30.0, 3.0  # an axis whose values span more than this factor is logarithmic
+LOG_X, LOG_Y = 100.0, 3.0  # an axis whose values span more than this factor is logarithmic
 LABEL_STEP = 14  # pixels between labels, at least
 
 
@@ -59,7 +59,7 @@ class Axis:
         if not self.log:
             return linear_ticks(self.low, self.high)
         powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        for digits in ((1,), (1, 3), (1, 2, 5), tuple(range(1, 10))):
+        for digits in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 5, 7), tuple(range(1, 10))):
             ticks = [d * 10.0**power for power in powers for d in digits if self.low <= d * 10.0**power <= self.high]
             if len(ticks) >= 4:
                 return ticks
@@ -84,7 +84,7 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str, x_scale: fl
     if not points:
         return ""
     labelled = len(scaled) <= LABELLED
-    room = max(len(_short(s.name)) for s in scaled) * LETTER + 14 if labelled else RIGHT
+    room = max(len(_short(s.name)) for s in scaled) * BOLD + 14 if labelled else RIGHT
     x = Axis.of([p[0] for p in points], LOG_X, LEFT, WIDTH - room, zero=True)
     y = Axis.of([p[1] for p in points], LOG_Y, HEIGHT - BOTTOM, TOP, zero=False)
     parts = [*_axes(x, y, x_label, y_label)]

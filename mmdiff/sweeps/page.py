@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from mmdiff.sweeps import charts
-from mmdiff.sweeps.charts import COLOURS, Series, line_chart
-from mmdiff.sweeps.results import ArmResult, Points, Results, RunResult, mean_curve
+from mmdiff.sweeps.charts import Series, line_chart
+from mmdiff.sweeps.results import ArmResult, Points, Results, mean_curve
 from mmdiff.sweeps.table import NOTES, Table, final_table, findings
 
 if TYPE_CHECKING:
@@ -29,13 +29,13 @@ h3 { font-size: 1rem; margin: 1.2rem 0 .3rem } p, li { max-width: 48rem } .faint
 .notice { border-left: 4px solid var(--warn); background: var(--panel); padding: .6rem 1rem; margin: 1rem 0 }
 .notice ul { margin: .3rem 0; padding-left: 1.2rem } .notice h2 { margin: 0; color: var(--warn); font-size: 1rem }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100% }
-th, td { padding: .45rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
+th, td { padding: .45rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
 th { font-size: .85rem; color: var(--faint); font-weight: 600; vertical-align: bottom; white-space: normal }
 th:first-child, td:first-child { text-align: left } td:first-child { font-weight: 600 } td.number { font-weight: 600 }
-.swatch { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .45em }
+.role { color: var(--faint); font-size: .8rem; font-weight: 400; margin-left: .3em }
 .notes { font-size: .85rem; color: var(--faint); padding-left: 1.1rem }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: .4rem 0; padding: 0; list-style: none }
-.legend svg { width: 2rem; height: .8rem; vertical-align: -.05rem; margin-right: .4rem }
+.sample { width: 2rem; height: .75rem; vertical-align: -.03rem; margin-right: .5rem; flex: none }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem }
 figure { margin: 0 } figcaption { font-weight: 600; margin-bottom: .2rem } .charts svg { width: 100%; display: block }
 svg path { fill: none } svg .mean { stroke-width: 2.2; stroke-linejoin: round } svg .seed { stroke-width: 1; opacity: .4 }
@@ -52,7 +52,7 @@ dd { margin: 0; overflow-wrap: anywhere }
   tr { border: 1px solid var(--line); border-radius: 6px; margin: .6rem 0; padding: .2rem 0 }
   td { display: flex; justify-content: space-between; gap: 1rem; border: 0; padding: .15rem .8rem; white-space: normal }
   td::before { content: attr(data-name); color: var(--faint); font-weight: 400 } td:first-child::before { content: "" }
-  td:first-child { justify-content: start; font-size: 1.05rem; gap: 0 }
+  td:first-child { justify-content: start; align-items: center; font-size: 1.05rem; gap: 0 }
   dl { grid-template-columns: 1fr; gap: 0 } dd { margin-bottom: .5rem } }
 """
 
@@ -99,8 +99,8 @@ def _table(results: Results, table: Table) -> str:
     header, *rows = table
     lines = ["<tr>" + "".join(f"<th>{_text(name)}</th>" for name in header) + "</tr></thead><tbody>"]
     for number, row in enumerate(rows):
-        swatch = f'<span class="swatch" style="background:var(--c{number % COLOURS})"></span>'
-        cells = [f"<td>{swatch}{_text(row[0])}</td>"]
+        role = ' <span class="role">baseline</span>' if number == 0 else ""
+        cells = [f"<td>{_sample(number)}{_text(row[0])}{role}</td>"]
         for name, cell in zip(header[1:], row[1:], strict=True):
             kind = ' class="number"' if "±" in cell else ""
             cells.append(f'<td{kind} data-name="{html.escape(name)}">{_text(cell)}</td>')
@@ -109,9 +109,10 @@ def _table(results: Results, table: Table) -> str:
 
 
 def _curves(results: Results) -> str:
-    by_step = [_series(arm, number, lambda arm, run: 1.0) for number, arm in enumerate(results.arms)]
-    by_time = [_series(arm, number, _step_seconds) for number, arm in enumerate(results.arms)]
-    by_flops = [_series(arm, number, lambda arm, run: arm.planned.flops_per_step) for number, arm in enumerate(results.arms)]
+    by_step, by_time, by_flops = (
+        [_series(arm, number, per_step(arm)) for number, arm in enumerate(results.arms)]
+        for per_step in (lambda arm: 1.0, _step_seconds, lambda arm: arm.planned.flops_per_step)
+    )
     if not any(s.mean for s in by_step):
         return ""
     time_name, seconds = charts.time_unit(_most(by_time))
@@ -131,28 +132,32 @@ def _most(series: list[Series]) -> float:
     return max((s.mean[-1][0] for s in series if s.mean), default=1.0)
 
 
-def _step_seconds(arm: ArmResult, run: RunResult | None) -> float:
-    """What a step took; as planned, where no run has finished that could tell."""
-    return (run and run.step_seconds) or arm.average("step_seconds") or arm.planned.step_seconds
+def _step_seconds(arm: ArmResult) -> float:
+    """What a step took on average; as planned, where no run has finished that could tell."""
+    return arm.average("step_seconds") or arm.planned.step_seconds
 
 
-def _series(arm: ArmResult, number: int, per_step) -> Series:
-    """The arm's curve, with `per_step(arm, run or None)` units of the x axis for each step."""
+def _series(arm: ArmResult, number: int, per_step: float) -> Series:
+    """The arm's curve, with `per_step` units of the x axis for each step."""
 
-    def stretched(points: Points, run: RunResult | None) -> Points:
-        return [(step * per_step(arm, run), error) for step, error in points]
+    def stretched(points: Points) -> Points:
+        return [(step * per_step, error) for step, error in points]
 
-    seeds = [stretched(run.curve, run) for run in arm.runs if run.curve]
-    return Series(arm.name, number, stretched(mean_curve(arm.runs), None), seeds)
+    return Series(arm.name, number, stretched(mean_curve(arm.runs)), [stretched(run.curve) for run in arm.runs if run.curve])
 
 
 def _legend(series: list[Series]) -> str:
     items = []
     for s in series:
         if s.mean:
-            line = f'<path {charts.line_style(s.number)} class="mean" d="M0 6H32"/>'
-            items.append(f'<li><svg viewBox="0 0 32 12" aria-hidden="true">{line}</svg>{_text(s.name)}</li>')
+            items.append(f"<li>{_sample(s.number)}{_text(s.name)}</li>")
     return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def _sample(number: int) -> str:
+    """A piece of an arm's line."""
+    line = f'<path {charts.line_style(number)} class="mean" d="M0 6H32"/>'
+    return f'<svg class="sample" viewBox="0 0 32 12" aria-hidden="true">{line}</svg>'
 
 
 def _differences(facts: "Facts") -> str:

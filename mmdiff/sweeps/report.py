@@ -33,8 +33,8 @@ class Facts:
         self.finished = sum(len(arm.finished) for arm in results.arms)
         arms = f"{len(results.arms)} arm{'s' * (len(results.arms) != 1)}"
         self.summary = (
-            f"{arms}, {budget.parse(plan.budget).words} of training for each run; {self.finished} of {self.runs} runs finished. "
-            f"Baseline: {plan.baseline}. Begun {plan.created}."
+            f"{arms}, {budget.parse(plan.budget).words} of training for each run; {self.finished} of {self.runs} runs "
+            f"finished. Baseline: {plan.baseline}. Begun {plan.created}."
         )
 
     def differences(self) -> dict[str, list[str]]:

@@ -167,6 +167,8 @@ class Runner:
         self._progress.finished(run, plain)
 
     def _failed(self, run: Run, code: int, reason: str) -> None:
+        if code < 0:
+            reason = f"killed by signal {-code} (out of memory?); the last it said: {reason}"
         write_whole_in(run.folder / FAILED, json.dumps({"code": code, "reason": reason}))
         self._progress.failed(run, code, reason)
         if self._strict:

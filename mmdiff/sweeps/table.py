@@ -11,9 +11,10 @@ LOWER = ("x_error", "text_bits_per_byte", "image_bits_per_dim")
 HIGHER = ("accuracy", "exact", "validity")  # parts of a name
 NOTES = (
     "± is the 95% confidence interval of the mean over seeds (Student's t; '-' for one seed).",
-    f"{WITHIN} behind a ratio to the baseline: the arm is no further from it than its own seeds would be; {UNKNOWN}: not known, "
-    "for the baseline has fewer than two seeds.",
-    "Step time is training alone; total time is the whole run, with start, compilation, validation, samples and what kills lost.",
+    "ratio: the arm's mean over the baseline's.",
+    f"{WITHIN} behind a ratio: the difference is no larger than between seeds of the baseline, so it may be chance.",
+    f"{UNKNOWN} behind a ratio: that cannot be told, for the baseline has fewer than two finished seeds.",
+    "Step time is training alone. Total time is the whole run: start, compilation, validation, samples, what kills lost.",
 )
 
 Table = list[list[str]]
@@ -26,7 +27,7 @@ def final_table(results: Results, *, costs: bool = True) -> Table:
     header = ["arm", "seeds"]
     header += ["steps", "parameters", "FLOPs per step", "step time", "total time"] if costs else []
     for metric in metrics:
-        header += [f"{metric}{arrow(metric)}", f"ratio to {results.baseline.name}"]
+        header += [f"{metric}{arrow(metric)}", "ratio"]
     return [header, *(_row(results, arm, metrics, costs) for arm in results.arms)]
 
 
@@ -39,8 +40,8 @@ def _row(results: Results, arm: ArmResult, metrics: Sequence[str], costs: bool) 
         seconds, total = arm.average("step_seconds"), arm.average("seconds")
         cells += [
             f"{planned.steps:,}" if known else "-",
-            f"{planned.parameters:,}" if known else "-",
-            f"{planned.flops_per_step:.3g}" if known else "-",
+            short(planned.parameters) if known else "-",
+            short(planned.flops_per_step) if known else "-",
             duration(seconds) if seconds is not None else "-",
             clock_time(total) if total is not None else "-",
         ]
@@ -76,34 +77,38 @@ def ratio_cell(arm: ArmResult, baseline: ArmResult, metric: str) -> str:
 
 
 def findings(results: Results) -> list[str]:
-    """One sentence for each arm but the baseline, about the first metric."""
+    """The first metric in words: one line about the baseline, one for each other arm."""
     metrics = results.metrics
-    if not metrics:
+    if not metrics or not (theirs := finite(results.baseline, metrics[0])):
         return []
-    metric, base = metrics[0], results.baseline
-    theirs, told = finite(base, metric), []
+    metric, base = metrics[0], results.baseline.name
+    better = {" ↓": " (lower is better)", " ↑": " (higher is better)"}.get(arrow(metric), "")
+    mean_0 = sum(theirs) / len(theirs)
+    told = [f"{metric}{better} of {base}, the baseline: {mean_0:.4g}."]
     for arm in results.arms[1:]:
         values = finite(arm, metric)
-        if values is None or theirs is None:
+        if values is None:
             continue
-        mean, mean_0 = sum(values) / len(values), sum(theirs) / len(theirs)
-        noise = within_noise(values, theirs)
+        mean = sum(values) / len(values)
         if mean == mean_0 or not mean_0:
-            told.append(f"{arm.name} and {base.name} have a {metric} of {mean:.4g} and {mean_0:.4g}.")
+            told.append(f"{arm.name}: {mean:.4g}.")
             continue
-        change = f"{100 * abs(mean / mean_0 - 1):.2g}% {'lower' if mean < mean_0 else 'higher'}"
+        change = f"{100 * abs(mean / mean_0 - 1):.2g}% {direction(metric, mean < mean_0)}"
         judged = {
-            None: "whether that is more than chance cannot be told from one baseline seed",
-            True: f"no further than {base.name}'s own seeds lie apart, so it may be chance",
-            False: f"more than the seeds of {base.name} explain",
-        }[noise]
-        verdict = f" ({better_or_worse(metric, mean < mean_0)})" if noise is False and arrow(metric) else ""
-        told.append(f"{arm.name}: {metric} {mean:.4g}, {change} than {base.name}'s {mean_0:.4g}{verdict}: {judged}.")
+            None: f"; may be chance, for {base} has fewer than two finished seeds",
+            True: f"; may be chance: seeds of {base} lie as far apart",
+            False: f"; more than seeds of {base} lie apart",
+        }[within_noise(values, theirs)]
+        told.append(f"{arm.name}: {mean:.4g}, {change}{judged}.")
     return told
 
 
-def better_or_worse(metric: str, lower: bool) -> str:
-    return "better" if lower == (arrow(metric) == " ↓") else "worse"
+def direction(metric: str, lower: bool) -> str:
+    """In which direction a value lies from the baseline's: better or worse, where that is known."""
+    way = arrow(metric)
+    if not way:
+        return "lower" if lower else "higher"
+    return "better" if lower == (way == " ↓") else "worse"
 
 
 def arrow(metric: str) -> str:
@@ -118,6 +123,14 @@ def markdown(table: Table) -> str:
     escaped = [[cell.replace("|", "\\|") for cell in row] for row in table]
     lines = ["| " + " | ".join(row) + " |" for row in escaped]
     return "\n".join([lines[0], "|" + " --- |" * len(table[0]), *lines[1:]])
+
+
+def short(number: float) -> str:
+    """Three digits and a unit: `2.10 M`."""
+    for size, unit in ((1e18, " E"), (1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k"), (1.0, "")):
+        if number >= size:
+            return f"{number / size:.{max(0, 2 - math.floor(math.log10(number / size)))}f}{unit}"
+    return f"{number:.3g}"
 
 
 def duration(seconds: float) -> str:
