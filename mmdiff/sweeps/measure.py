@@ -1,6 +1,7 @@
 """What a step of a configuration costs here: a process of its own, `python -m mmdiff.sweeps.measure CONFIG.json METRICS`.
 
-It refuses metrics that cannot be measured on the configuration's data, before any time is spent; and it prints one JSON object on its last line: step_seconds (the median of `times`), times, flops_per_step, parameters, and
+It refuses metrics that cannot be measured on the configuration's data, before any time is spent. Then it trains a few steps
+and prints one JSON object on its last line: step_seconds (the median of `times`), times, flops_per_step, parameters, and
 `environment`. The steps are those of a run, batches included; compilation is not. A process of its own, because whoever
 starts the runs must not hold the device that they need.
 """

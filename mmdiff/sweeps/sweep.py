@@ -102,9 +102,12 @@ def load_sweep(path: str | Path) -> Sweep:
     path = Path(path)
     made = config_files.run_function(path, "sweep", Sweep)
     from mmdiff.evaluation.evaluate import check_names
+    from mmdiff.evaluation.phrases import parse_groups
 
     try:
         check_names(made.metrics)
+        if "phrase_accuracy" in made.metrics or "phrases" in made.options:
+            parse_groups(str(made.options.get("phrases", "")))
     except ConfigError as error:
         raise ConfigError(f"{path}: metrics: {error}") from error
     return made
