@@ -79,9 +79,9 @@ class Results:
 
     @property
     def metrics(self) -> list[str]:
-        """Every number that an evaluation has, standard errors over documents left out."""
+        """Every number that an evaluation has, standard errors over documents left out; what is planned, if there is none."""
         named = [name for arm in self.arms for run in arm.finished for name in run.evaluation or ()]
-        return list(dict.fromkeys(name for name in named if not name.endswith("_stderr")))
+        return list(dict.fromkeys(name for name in named if not name.endswith("_stderr"))) or self.plan.metrics
 
     @property
     def failed(self) -> list[tuple[str, str]]:

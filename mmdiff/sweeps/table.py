@@ -12,7 +12,8 @@ HIGHER = ("accuracy", "exact", "validity")  # parts of a name
 NOTES = (
     "± is the 95% confidence interval of the mean over seeds (Student's t; '-' for one seed).",
     "ratio: the arm's mean over the baseline's.",
-    f"{WITHIN} behind a ratio: the difference is no larger than between seeds of the baseline, so it may be chance.",
+    f"{WITHIN} behind a ratio: the difference may be chance, by how far the baseline's seeds lie apart (95% level: of twenty "
+    "arms that change nothing, one is left unmarked).",
     f"{UNKNOWN} behind a ratio: that cannot be told, for the baseline has fewer than two finished seeds.",
     "Step time is training alone. Total time is the whole run: start, compilation, validation, samples, what kills lost.",
 )
@@ -62,7 +63,7 @@ def value_cell(arm: ArmResult, metric: str) -> str:
     if values is None:
         return "not finite" if arm.values(metric) else "-"
     mean, half = mean_and_interval(values)
-    return f"{mean:.4g} ± {'-' if half is None else f'{half:.2g}'}"
+    return f"{digits(mean, 4)} ± {'-' if half is None else digits(half, 2)}"
 
 
 def ratio_cell(arm: ArmResult, baseline: ArmResult, metric: str) -> str:
@@ -84,22 +85,22 @@ def findings(results: Results) -> list[str]:
     metric, base = metrics[0], results.baseline.name
     better = {" ↓": " (lower is better)", " ↑": " (higher is better)"}.get(arrow(metric), "")
     mean_0 = sum(theirs) / len(theirs)
-    told = [f"{metric}{better} of {base}, the baseline: {mean_0:.4g}."]
+    told = [f"{metric}{better} of {base}, the baseline: {digits(mean_0, 4)}."]
     for arm in results.arms[1:]:
         values = finite(arm, metric)
         if values is None:
             continue
         mean = sum(values) / len(values)
         if mean == mean_0 or not mean_0:
-            told.append(f"{arm.name}: {mean:.4g}.")
+            told.append(f"{arm.name}: {digits(mean, 4)}.")
             continue
         change = f"{100 * abs(mean / mean_0 - 1):.2g}% {direction(metric, mean < mean_0)}"
         judged = {
             None: f"; may be chance, for {base} has fewer than two finished seeds",
-            True: f"; may be chance: seeds of {base} lie as far apart",
-            False: f"; more than seeds of {base} lie apart",
+            True: f"; may be chance, by how far seeds of {base} lie apart",
+            False: f"; more than chance, by how far seeds of {base} lie apart",
         }[within_noise(values, theirs)]
-        told.append(f"{arm.name}: {mean:.4g}, {change}{judged}.")
+        told.append(f"{arm.name}: {digits(mean, 4)}, {change}{judged}.")
     return told
 
 
@@ -123,6 +124,11 @@ def markdown(table: Table) -> str:
     escaped = [[cell.replace("|", "\\|") for cell in row] for row in table]
     lines = ["| " + " | ".join(row) + " |" for row in escaped]
     return "\n".join([lines[0], "|" + " --- |" * len(table[0]), *lines[1:]])
+
+
+def digits(value: float, count: int) -> str:
+    """So many significant digits, zeros at the end kept."""
+    return f"{value:#.{count}g}".removesuffix(".")
 
 
 def short(number: float) -> str:
