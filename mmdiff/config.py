@@ -24,6 +24,10 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+# fields of Model that mean something to a rival of the transformer; the others must keep their defaults
+HEEDED = ("network", "width", "depth", "patch", "head_width", "attention", "compute", "remat")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
     """The network. Two GAU layers cost about one attention + SwiGLU layer."""
@@ -40,7 +44,7 @@ class Model:
     key_width: int = 128
     """GAU: width of the one shared query/key head."""
     head_width: int = 64
-    """Attention: width of a head; the number of heads is `width / head_width`."""
+    """Attention: width of a head; the number of heads is `width / head_width`. unet: the largest width of a head."""
     qk_norm: bool = False
     bias: bool = False
     """Biases in the linear layers of the blocks."""
@@ -93,8 +97,7 @@ class Model:
         )
         if self.network != "transfusion":
             self._check_rival()
-            return
-        if self.lossless:
+        if self.lossless and self.network != "unet":
             require(
                 not 0 < self.bottleneck < values,
                 f"model.bottleneck={self.bottleneck} cannot hold a {self.patch}x{self.patch} patch losslessly: it needs "
@@ -105,6 +108,8 @@ class Model:
                 f"model.width={self.width} cannot hold a {self.patch}x{self.patch} patch losslessly: it needs at least "
                 f"{values} (better {2 * values}). Raise model.width, lower model.patch, or set model.lossless=False.",
             )
+        if self.network != "transfusion":
+            return
         if self.block == "gau":
             require(
                 self.key_width % 4 == 0,
@@ -120,6 +125,14 @@ class Model:
         require(self.rope_base > 1, f"model.rope_base={self.rope_base} must be above 1.")
 
     def _check_rival(self) -> None:
+        heeded = HEEDED + {"unet": ("channels",)}.get(self.network, ("lossless",))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            require(
+                field.name in heeded or value == field.default,
+                f"model.{field.name}={value!r} has no meaning with model.network={self.network!r}; leave it at its default, "
+                f"{field.default!r}, or change model.network.",
+            )
         if self.network == "unet":
             require(
                 bool(self.channels) and min(self.channels) >= 1,
@@ -422,6 +435,16 @@ class Config:
         require(not layout.time_token, f"{name} has its own way to be told the time: set layout.time_token=False.")
         if size is None:
             raise ConfigError(f"{name} needs images of one size: set data.image_size.")
+        halvings = len(model.channels) - 1 if model.network == "unet" else 0
+        require(
+            size[0] % 2**halvings == 0 and size[1] % 2**halvings == 0,
+            f"an image of {size[0]}x{size[1]} cannot be halved {halvings} times: with {name} and {halvings + 1} entries in "
+            f"model.channels its sides must be multiples of {2**halvings}. Change data.image_size or model.channels.",
+        )
+        require(
+            model.network != "unet" or self.optimizer.name != "muon",
+            f"optimizer.name='muon' is for matrices of stacked layers, and {name} has none: use 'adamw' or 'lamb'.",
+        )
         count = (size[0] // model.patch) * (size[1] // model.patch)
         require(
             count > 0 and layout.row_length % count == 0,

@@ -90,8 +90,9 @@ def text(report: dict[str, Any]) -> str:
     verdict = {None: "capacity not known", True: "fits", False: "DOES NOT FIT"}[fits]
     lines.append(row("", verdict + (f" in {gib(capacity)}" if capacity else "")))
     flops, by_hand = report["flops_per_step"], report["flops_per_step_by_hand"]
+    beside = f", {by_hand:.4g} by hand ({flops / by_hand:.3f})" if by_hand else ""
     lines += [
-        row("operations per step", f"{flops:.4g} counted in the traced step, {by_hand:.4g} by hand ({flops / by_hand:.3f})"),
+        row("operations per step", f"{flops:.4g} counted in the traced step{beside}"),
         row("", f"{report['executed_flops_per_step']:.4g} executed, with what the backward pass recomputes"),
         row("tokens per step", f"{report['tokens_per_step']:,}"),
     ]

@@ -43,6 +43,16 @@ class Network:
             grid = height // cfg.model.patch, width // cfg.model.patch
         return cls(cfg.model, vocabulary_size if cfg.layout.markers else 0, mesh, grid)
 
+    def check_size(self, height: int, width: int) -> None:
+        """Raises ConfigError for an image that a network for images of one size cannot take."""
+        if self.grid is not None:
+            own = self.grid[0] * self.cfg.patch, self.grid[1] * self.cfg.patch
+            config.require(
+                (height, width) == own,
+                f"an image of {height}x{width}: model.network={self.cfg.network!r} was trained on, and can only take, images "
+                f"of {own[0]}x{own[1]}; resize it, or change image_size.",
+            )
+
     @property
     def patch_values(self) -> int:
         return 3 * self.cfg.patch**2

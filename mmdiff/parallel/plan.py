@@ -205,7 +205,7 @@ def _fits(report: dict[str, Any]) -> bool | None:
     return not report.get("compiler_refused") and report["peak_hbm_bytes"] <= report["hbm_capacity_bytes"]
 
 
-def _operations(cfg: config.Config, vocabulary_size: int) -> dict[str, float]:
+def _operations(cfg: config.Config, vocabulary_size: int) -> dict[str, float | None]:
     """Counted on whole arrays, with attention in its dense form: kernels hide what they compute.
 
     The model's own operations are three times those of its forward pass; executed are those of the whole step, with what
@@ -218,7 +218,7 @@ def _operations(cfg: config.Config, vocabulary_size: int) -> dict[str, float]:
     rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((cfg.training.batch_size, *a.shape), a.dtype), row)
     return {
         "flops_per_step": flops.training_flops(cfg, vocabulary_size),
-        "flops_per_step_by_hand": flops.flops_by_hand(cfg, vocabulary_size),
+        "flops_per_step_by_hand": flops.flops_by_hand(cfg, vocabulary_size) if network.grid is None else None,
         "executed_flops_per_step": flops.counted_flops(make_train_step(network, cfg, _tx(cfg)), state, rows),
         "tokens_per_step": cfg.training.batch_size * cfg.layout.row_length,
     }
@@ -245,7 +245,7 @@ def _sampling(cfg: config.Config, mesh: Mesh, vocabulary_size: int) -> dict[str,
     network = Network.of(cfg, vocabulary_size, mesh)
     place, sampling = network.place, cfg.sampling
     documents = mesh.shape["data"] * mesh.shape["fsdp"]
-    patches = math.prod(side // cfg.model.patch for side in cfg.data.image_size or (256, 256))
+    patches = math.prod(side // cfg.model.patch for side in cfg.fixed_size or (256, 256))
     heads, *widths = network.head
 
     def abstract(shape, dtype, *axes):
@@ -282,7 +282,8 @@ def _sampling(cfg: config.Config, mesh: Mesh, vocabulary_size: int) -> dict[str,
         is_leaf=lambda leaf: type(leaf) is tuple,
     )
     one_layer = lambda leaf, names: (abstract(leaf.shape[1:], leaf.dtype, *names[1:]),) * cfg.model.depth
-    params |= {"blocks": jax.tree.map(one_layer, params["blocks"], network.axes()["blocks"])}
+    if "blocks" in params:
+        params |= {"blocks": jax.tree.map(one_layer, params["blocks"], network.axes()["blocks"])}
     compile_ = lambda: draw.lower(network, cfg.diffusion, params, (cache, cache), canvas, table, keys, guide).compile()
     return {
         "documents": documents,

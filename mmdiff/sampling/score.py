@@ -145,6 +145,8 @@ def _result(document: Document, nats: float, error: np.ndarray, grid: Grid) -> d
 def _lay_out(model, document: Document) -> Rows:
     """The document with one noised block for every image, whatever of it was to be learnt."""
     cfg = model.cfg
+    for image in document.images:
+        model.network.check_size(image.height, image.width)
     layout = dataclasses.replace(cfg.layout, context="clean", noised_copies=1)
     pieces = [p._replace(learn=True) for p in text_pieces(document, model.vocabulary, cfg.model.patch)]
     if not layout.markers:

@@ -147,6 +147,7 @@ class Session:
             raise config.ConfigError("this model was trained on images of several sizes, without text: give image_size.")
         if any(segment is not IMG for segment in draft.queue):
             raise DataError("this model was trained on images alone (layout.markers=False): a prompt can hold IMG only.")
+        self.model.network.check_size(*size)
         if draft.queue:
             draft.queue.pop(0)
             self._open(draft, size[0] // self.model.cfg.model.patch, size[1] // self.model.cfg.model.patch)
