@@ -173,6 +173,8 @@ class NearestRatio(NamedTuple):
 def nearest_ratio(generated: np.ndarray, held_out: np.ndarray, train: np.ndarray) -> NearestRatio:
     """Equation (5), on distances of `nearest_distances`; NaN where the held-out images are copies of training images."""
     near, far = nearest_distances(generated, train), nearest_distances(held_out, train)
+    rounding = 1e-6 * np.sqrt(np.sum(np.var(np.asarray(train, np.float64), axis=0)))  # of features that are float32
+    near, far = (np.where(d > rounding, d, 0.0) for d in (near, far))
     ratio = lambda a, b: float(a / b) if b > 0 else float("nan")
     return NearestRatio(ratio(near.mean(), far.mean()), ratio(np.quantile(near, 0.05), np.quantile(far, 0.05)))
 
