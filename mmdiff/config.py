@@ -424,9 +424,8 @@ class Config:
     @property
     def fixed_size(self) -> tuple[int, int] | None:
         """(height, width) of every image, where the configuration says so."""
-        if self.data.source in ("shapes", "words"):
-            return self.data.generator_image_size, self.data.generator_image_size
-        return self.data.image_size
+        side = self.data.generator_image_size
+        return {"shapes": (side, side), "words": (side, 2 * side)}.get(self.data.source, self.data.image_size)
 
     def _check_rival(self) -> None:
         model, layout, size = self.model, self.layout, self.fixed_size

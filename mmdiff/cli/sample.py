@@ -16,6 +16,7 @@ CANNOT_WRITE = 74
 EXAMPLES = """examples:
   mmdiff sample runs/quickstart --prompt "a large red circle at the top left" --images 4
   mmdiff sample runs/quickstart --image scene.png                         describe an image
+  mmdiff sample runs/celeba_hq_64 --images 16
   mmdiff sample runs/quickstart --image scene.png --prompt "what colour is the circle?" --images 0
   mmdiff sample runs/quickstart --image scene.png --prompt "make the circle red"
   mmdiff sample runs/quickstart --prompt "first, a small blue cross at the top right" --images 0
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model.options(**options)
     except config.ConfigError as error:
         parser.error(str(error))
-    size = arguments.image_size or training_size(model.cfg)
+    size = arguments.image_size or model.cfg.fixed_size
     made = _inpaint(model, arguments, size, options) if arguments.inpaint else _generate(model, arguments, size, options)
     try:
         told = write_documents(made, out, f"{Path(arguments.workdir).name}: {name}".removesuffix(": "))
@@ -74,12 +75,6 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
 
 
-def training_size(cfg: config.Config) -> tuple[int, int] | None:
-    """(height, width) of the images a model was trained on, when they all have one size by configuration."""
-    side = cfg.data.generator_image_size
-    return {"shapes": (side, side), "words": (side, 2 * side)}.get(cfg.data.source, cfg.data.image_size)
-
-
 def prompts(arguments: argparse.Namespace, size: tuple[int, int] | None, patch: int) -> list[Document]:
     """Every text after every image, or either alone, or the lines of --document; IMG is added elsewhere."""
     if arguments.document:
@@ -89,7 +84,7 @@ def prompts(arguments: argparse.Namespace, size: tuple[int, int] | None, patch: 
     images = [fitted(Image.open(path), size, patch) for path in arguments.image or []]
     texts = [[text] if text else [] for text in arguments.prompt or []]
     if not images:
-        return [Document(*text) for text in texts]
+        return [Document(*text) for text in texts or [[]]]
     return [Document(image, *text) for image in images for text in texts or [[]]]
 
 
@@ -149,8 +144,8 @@ def _problem(arguments: argparse.Namespace) -> str | None:
             return "--inpaint takes one image; run the command once for each"
     elif arguments.mask:
         return "--mask needs --inpaint"
-    elif not (arguments.prompt or arguments.image or arguments.document):
-        return "give --prompt, --image, --document or --inpaint; an empty --prompt '' draws from nothing"
+    elif not (arguments.prompt or arguments.image or arguments.document or arguments.images):
+        return "give --prompt, --image, --document, --inpaint, or --images N alone to draw from nothing"
     elif arguments.document and (arguments.prompt or arguments.image):
         return "--document is a prompt by itself; leave out --prompt and --image"
     if arguments.images is not None and arguments.images < 0:
