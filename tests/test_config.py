@@ -181,6 +181,23 @@ def test_bad_experiments_are_one_line(experiment, text, message):
     assert "\n" not in str(refused.value)
 
 
+def test_an_experiment_may_be_a_configuration_as_json(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(EVERYTHING.to_json())
+    assert config_files.load_experiment(path) == EVERYTHING
+    for text, message in (
+        ("{", "not a configuration"),
+        ("3", "not a configuration"),
+        ('{"modle": {}}', "did you mean 'model'"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=rf"config\.json: .*{message}") as refused:
+            config_files.load_experiment(path)
+        assert "\n" not in str(refused.value)
+    with pytest.raises(ConfigError, match=r"no configuration file .*other\.json"):
+        config_files.load_experiment(tmp_path / "other.json")
+
+
 def test_a_missing_experiment_gets_a_suggestion(experiment):
     path = experiment(GOOD)
     with pytest.raises(ConfigError, match=r"no experiment file .*tinny\.py.*did you mean .*tiny\.py"):

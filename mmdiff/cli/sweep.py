@@ -54,6 +54,8 @@ def main(argv: list[str]) -> int:
         problem = f"give --workdir, for example --workdir runs/{Path(file).stem}"
     elif problem is None and amount is None:
         problem = "give --budget, for example --budget 5m-per-arm"
+    elif problem is None and "://" in str(workdir):
+        problem = f"--workdir {workdir}: give a path; mount the bucket (gcsfuse) or use a shared disk"
     if jobs is not None and re.fullmatch(r"[1-9]\d*", jobs) is None:
         problem = f"--jobs {jobs!r} is not a positive number"
     for field in budget.SET_HERE:

@@ -23,9 +23,12 @@ class Lock:
         self.descriptor = -1
 
     def __enter__(self) -> "Lock":
-        """Raises ConfigError when another sweep works here."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self.descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        """Raises ConfigError when another sweep works here, or nothing can be written."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self.descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ConfigError(f"{self._path.parent} cannot be written: {error.strerror}; use another --workdir.") from error
         told = False
         while not self._take():
             holder = os.pread(self.descriptor, 32, 0).decode(errors="replace").strip()

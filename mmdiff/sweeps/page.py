@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mmdiff.sweeps import charts
 from mmdiff.sweeps.charts import Series, line_chart
 from mmdiff.sweeps.results import ArmResult, Points, Results, mean_curve
-from mmdiff.sweeps.table import NOTES, Table, final_table, findings
+from mmdiff.sweeps.table import NOTES, Table, cautions, final_table, findings
 
 if TYPE_CHECKING:
     from mmdiff.sweeps.report import Facts
@@ -29,7 +29,8 @@ h3 { font-size: 1rem; margin: 1.2rem 0 .3rem } p, li { max-width: 48rem } .faint
 .notice { border-left: 4px solid var(--warn); background: var(--panel); padding: .6rem 1rem; margin: 1rem 0 }
 .notice ul { margin: .3rem 0; padding-left: 1.2rem } .notice h2 { margin: 0; color: var(--warn); font-size: 1rem }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100% }
-th, td { padding: .45rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
+table { font-size: .92rem }
+th, td { padding: .45rem .5rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
 th { font-size: .85rem; color: var(--faint); font-weight: 600; vertical-align: bottom; white-space: normal }
 th:first-child, td:first-child { text-align: left } td:first-child { font-weight: 600 } td.number { font-weight: 600 }
 .role { color: var(--faint); font-size: .8rem; font-weight: 400; margin-left: .3em }
@@ -66,6 +67,7 @@ def render(results: Results, facts: "Facts") -> str:
         f'<ul class="findings">{_items(told)}</ul>' if told else "",
         _notice("Not finished", results.missing),
         _notice("Failed", results.failed),
+        _notice("Compare with care", cautions(results)),
         "<h2>Results</h2>",
         _table(results, final_table(results)),
         f'<ul class="notes">{_items(NOTES)}</ul>',
@@ -97,7 +99,11 @@ def _notice(title: str, rows: list[tuple[str, str]]) -> str:
 
 def _table(results: Results, table: Table) -> str:
     header, *rows = table
-    lines = ["<tr>" + "".join(f"<th>{_text(name)}</th>" for name in header) + "</tr></thead><tbody>"]
+    lines = [
+        "<tr>"
+        + "".join(f"<th>{_text(name).replace(' ', '&nbsp;') if name[-1] in '↓↑' else _text(name)}</th>" for name in header)
+        + "</tr></thead><tbody>"
+    ]
     for number, row in enumerate(rows):
         role = ' <span class="role">baseline</span>' if number == 0 else ""
         cells = [f"<td>{_sample(number)}{_text(row[0])}{role}</td>"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mmdiff.sweeps import budget, page
 from mmdiff.sweeps.results import Results, read_results
-from mmdiff.sweeps.table import NOTES, final_table, findings, markdown
+from mmdiff.sweeps.table import NOTES, cautions, final_table, findings, markdown
 from mmdiff.training.workdir import flat, write_whole
 
 
@@ -87,7 +87,11 @@ def as_markdown(results: Results, facts: Facts) -> str:
     """The report without its pictures."""
     parts = [f"# {results.plan.question}", facts.summary, markdown(final_table(results))]
     parts.append("\n".join(f"- {line}" for line in findings(results)))
-    for title, rows in (("Not finished", results.missing), ("Failed", results.failed)):
+    for title, rows in (
+        ("Not finished", results.missing),
+        ("Failed", results.failed),
+        ("Compare with care", cautions(results)),
+    ):
         if rows:
             parts.append(f"## {title}\n\n" + "\n".join(f"- {what}: {why}" for what, why in rows))
     parts.append("## How to read it\n\n" + "\n".join(f"- {note}" for note in NOTES))

@@ -9,6 +9,7 @@ from mmdiff.sweeps.results import ArmResult, Results, mean_and_interval, within_
 WITHIN, UNKNOWN = "≈", "?"
 LOWER = ("x_error", "text_bits_per_byte", "image_bits_per_dim")
 HIGHER = ("accuracy", "exact", "validity")  # parts of a name
+UNSTEADY = 1.25  # factor between the step time of the plan and of the runs that is worth telling
 NOTES = (
     "± is the 95% confidence interval of the mean over seeds (Student's t; '-' for one seed).",
     "ratio: the arm's mean over the baseline's.",
@@ -101,6 +102,19 @@ def findings(results: Results) -> list[str]:
             False: f"; more than chance, by how far seeds of {base} lie apart",
         }[within_noise(values, theirs)]
         told.append(f"{arm.name}: {digits(mean, 4)}, {change}{judged}.")
+    return told
+
+
+def cautions(results: Results) -> list[tuple[str, str]]:
+    """(what, why) of all that makes the arms hard to compare."""
+    told = []
+    for arm in results.arms:
+        seconds, planned = arm.average("step_seconds"), arm.planned.step_seconds
+        if seconds is not None and not planned / UNSTEADY < seconds < planned * UNSTEADY:
+            why = f"a step took {duration(seconds)}, and {duration(planned)} when the plan was made; its times say little"
+            told.append((arm.name, why))
+    if len(results.plan.code) > 1:
+        told.append(("code", "it changed while the sweep was under way, see below"))
     return told
 
 

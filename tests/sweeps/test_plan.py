@@ -111,6 +111,9 @@ def test_one_sweep_at_a_time(tmp_path):
         lock.Lock(tmp_path).__enter__()
     with lock.Lock(tmp_path):  # free again
         pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"file cannot be written: File exists; use another --workdir"):
+        lock.Lock(tmp_path / "file").__enter__()
 
 
 def test_the_lock_of_a_dead_sweep_is_ignored_but_its_run_is_waited_for(tmp_path):

@@ -14,9 +14,10 @@ from mmdiff.cli.main import main
 from mmdiff.sweeps.charts import Series, line_chart, linear_ticks, spread
 from mmdiff.sweeps.plan import Unmeasured
 from mmdiff.sweeps.results import mean_and_interval, read_results, within_noise
-from mmdiff.sweeps.table import final_table, findings, markdown, short
+from mmdiff.sweeps.table import cautions, final_table, findings, markdown, short
 from tests.sweeps.conftest import fake_run, measured, plan_for, tiny_config, tiny_sweep
 
+OTHER = {"version": "1", "fingerprint": "g"}
 VALUES = {"base": [0.10, 0.12, 0.11], "far": [0.20, 0.22], "near": [0.14, 0.15], "lost": []}
 
 
@@ -150,6 +151,20 @@ def test_the_same_workdir_gives_the_same_bytes(workdir, tmp_path):
     run = workdir / "arms" / "far" / "seed-0"
     (run / "evaluation.json").write_text(json.dumps({"x_error": 0.2001}))
     assert made("c") != first
+
+
+def test_what_makes_arms_hard_to_compare_is_told(workdir):
+    """The plan says 100 ms for a step; every run took 250."""
+    assert [what for what, _ in cautions(read_results(workdir))] == ["base", "far", "near"]
+    main(["report", str(workdir)])
+    assert "far: a step took 250 ms, and 100 ms when the plan was made" in (workdir / "report.md").read_text()
+    for path in workdir.rglob("goodput.json"):
+        path.write_text('{"now": {"step": 2.1}}')
+    assert not cautions(read_results(workdir))
+    plan_for(
+        workdir, tiny_sweep(arms={n: tiny_config(n) for n in VALUES}, baseline_seeds=3, seeds=2), measure=fails, code=OTHER
+    )
+    assert [what for what, _ in cautions(read_results(workdir))] == ["code"]
 
 
 def test_the_markdown_table_can_be_pasted(workdir):
