@@ -43,7 +43,10 @@ setup(
         "dev": [
             "jax[tpu]>=0.10",  # ahead-of-time compilation for TPUs is tested
             "hypothesis>=6.100",
+            "ipykernel>=6.29",  # the notebooks are tested
+            "matplotlib>=3.9",
             "mypy>=1.15",
+            "nbclient>=0.10",
             "pytest>=8.0",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
