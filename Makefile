@@ -2,12 +2,13 @@
 #   make demo    train the quickstart model, measure it, draw a sample sheet     (runs/quickstart)
 #   make test    the test suite
 #   make lint    ruff and mypy
+#   make notebooks    run the notebooks from top to bottom
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint notebooks clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mmdiff train experiments/quickstart.py --workdir runs/quickstart
@@ -17,7 +18,10 @@ demo: $(VENV)/.installed
 	@echo "sample sheets: runs/quickstart/samples    a document the model wrote: runs/quickstart/story/index.html"
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -n auto --dist loadfile
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --ignore tests/test_notebooks.py
+
+notebooks: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q tests/test_notebooks.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
