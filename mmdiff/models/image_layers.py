@@ -58,7 +58,7 @@ class Attention(nnx.Module):
         self.out = dense(width, width, rngs, place, gain=gain)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        count, length, width = x.shape
+        count, length = x.shape[:2]
         heads_first = lambda part: part.reshape(count, length, -1, self.head_width).swapaxes(1, 2)
         q, k, v = (heads_first(part) for part in parts(self.qkv(x)))
         zero, all_ = (jnp.full((count, length), bound, jnp.int32) for bound in (0, length))
@@ -81,9 +81,7 @@ class MLP(nnx.Module):
 class Conv(nnx.Module):
     """A 3x3 convolution with bias, padded by zeros: [n, h, w, inputs] to [n, h / stride, w / stride, outputs]."""
 
-    def __init__(
-        self, inputs: int, outputs: int, rngs: nnx.Rngs, place: Placement, *, stride: int = 1, gain: float = 1.0
-    ):
+    def __init__(self, inputs: int, outputs: int, rngs: nnx.Rngs, place: Placement, *, stride: int = 1, gain: float = 1.0):
         self.stride, self.place = stride, place
         shape, key = (3, 3, inputs, outputs), rngs.params()
         # zeros are not drawn: random numbers take the compiler long

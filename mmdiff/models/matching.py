@@ -7,6 +7,7 @@ choices of the architecture, and belong to whoever compares.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -36,8 +37,7 @@ def matched(cfg: config.Config, target: int, *, tolerance: float = 0.1, vocabula
     headed = model.network in ("dit", "uvit") or (model.network == "transfusion" and model.block == "attention")
     step = model.head_width if headed else STEP
     at = lambda steps: dataclasses.replace(cfg, model=dataclasses.replace(model, width=steps * step))
-    count = lambda steps: parameter_count(at(steps), vocabulary_size)
-
+    count = functools.cache(lambda steps: parameter_count(at(steps), vocabulary_size))
     low = _narrowest(at)
     high = low
     while count(high) < target:
@@ -58,10 +58,10 @@ def matched(cfg: config.Config, target: int, *, tolerance: float = 0.1, vocabula
 
 def _narrowest(at) -> int:
     """The smallest number of steps that the configuration allows."""
-    for steps in range(1, 10000):
+    steps = 1
+    while True:  # ends at the latest where the given width lies
         try:
             at(steps)
             return steps
-        except config.ConfigError as error:
-            refused = error
-    raise refused
+        except config.ConfigError:
+            steps += 1

@@ -80,7 +80,10 @@ class UNet(nnx.Module):
         self.sides = [max(size) >> level for level in range(len(channels))]
         self.time_in = Time(4 * cfg.width, 4 * cfg.width, rngs, place)
         self.conv_in = Conv(3, channels[0], rngs, place)
-        self.down, self.up, self.strides, self.doublings = nnx.Dict(), nnx.Dict(), nnx.Dict(), nnx.Dict()
+        self.down: nnx.Dict[Block] = nnx.Dict()
+        self.up: nnx.Dict[Block] = nnx.Dict()
+        self.strides: nnx.Dict[Conv] = nnx.Dict()
+        self.doublings: nnx.Dict[Conv] = nnx.Dict()
         left, now = [channels[0]], channels[0]  # channels of `early`, and of x
         levels = list(zip(self.sides, channels, strict=True))
         for side, outputs in levels:

@@ -69,7 +69,8 @@ class Stack(nnx.Module):
         for block in layers[:second]:
             x = plain(x, block)
             left.append(x)
-        for block, skip, early in zip(layers[second:], unstack(self.skips, half), left[:half][::-1], strict=True) if half else ():
+        skips = unstack(self.skips, half) if half else []
+        for block, skip, early in zip(layers[second:], skips, left[:half][::-1], strict=True):
             x = joined(x, block, skip, early)
         return x
 
