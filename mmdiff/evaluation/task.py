@@ -28,6 +28,7 @@ class Task:
     drawing: dict[str, Any] = dataclasses.field(default_factory=dict)
     phrases: Sequence[Sequence[str]] = ()
     given: Source | None = None
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def source(self) -> Source:

@@ -115,10 +115,8 @@ def reconstruction_table(sigmas: tuple[float, ...]) -> np.ndarray:
 
 def _score_group(model, documents: Sequence[Document], grid: Grid, seed: int) -> list[dict[str, float]]:
     """As many documents as one call of the network takes."""
-    laid = [_lay_out(model, document) for document in documents]
-    length = -(-max(len(row.tokens) for row in laid) // LENGTH_BUCKET) * LENGTH_BUCKET
-    rows_wanted = 1 << (len(laid) - 1).bit_length()  # few shapes, few programs
-    rows = stack([pack([row], length) for row in laid + laid[:1] * (rows_wanted - len(laid))])
+    rows = rows_of(model, documents)
+    rows_wanted = len(rows.tokens)
     nats = np.full(rows_wanted, math.nan)  # of a model without text
     if model.network.vocabulary_size:
         nats = np.asarray(_text_nats(model.network, model.params, rows, model.vocabulary.text_range), np.float64)
@@ -140,6 +138,16 @@ def _result(document: Document, nats: float, error: np.ndarray, grid: Grid) -> d
         pixels = np.concatenate([image.pixels.reshape(-1) for image in document.images])
         result["image_bits_per_dim"] = image_bound(error, pixels, grid) / math.log(2) / len(pixels)
     return result
+
+
+def rows_of(model, documents: Sequence[Document]) -> Rows:
+    """A row for each document, and copies of the first up to a power of two: few shapes, few programs."""
+    laid = [_lay_out(model, document) for document in documents]
+    grid = model.network.grid  # of networks for whole images, which must fill the row
+    bucket = LENGTH_BUCKET if grid is None else grid[0] * grid[1]
+    length = -(-max(len(row.tokens) for row in laid) // bucket) * bucket
+    wanted = 1 << (len(laid) - 1).bit_length()
+    return stack([pack([row], length) for row in laid + laid[:1] * (wanted - len(laid))])
 
 
 def _lay_out(model, document: Document) -> Rows:

@@ -12,8 +12,7 @@ from mmdiff.evaluation.distances import frechet, moments
 from mmdiff.evaluation.features import Features, patch_dct_features, random_features, side_for
 from mmdiff.evaluation.resize import bilinear_matrix, resize
 
-
-QUICK = {"steps": 60, "together": 12}
+QUICK = {"steps": 80, "together": 12}
 
 
 def pictures(count, split="train", size=32):
