@@ -2,161 +2,18 @@
 
 An experiment is a Python file with `def config() -> Config`; what differs from the defaults below is what it writes.
 Every field can be overridden on the command line by its dotted name (`--model.width 512`). A value that cannot work is
-refused when the dataclass is made, with the remedy, never at step 1.
+refused when the dataclass is made, with the remedy, never at step 1. The network's own part is mmdiff/config_model.py.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 from typing import Literal
 
+from mmdiff.config_model import ConfigError, Model, require, suggest
 
-class ConfigError(Exception):
-    """A configuration that cannot work; the message names the field, the value and the remedy.
-
-    Not a ValueError: tyro catches those while it builds a configuration, and shows a box with exit code 2.
-    """
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-# fields of Model that mean something to a rival of the transformer; the others must keep their defaults
-HEEDED = ("network", "width", "depth", "patch", "head_width", "attention", "compute", "remat")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Model:
-    """The network. Two GAU layers cost about one attention + SwiGLU layer."""
-
-    network: Literal["transfusion", "unet", "uvit", "dit"] = "transfusion"
-    """The others are rivals for images alone (they need layout.markers=False), in mmdiff/models/."""
-    width: int = 256
-    depth: int = 8
-    patch: int = 4
-    """Side of a square patch in pixels; a patch carries 3 * patch^2 values."""
-    block: Literal["gau", "attention"] = "gau"
-    expansion: int = 2
-    """GAU: the gated width is `expansion * width`."""
-    key_width: int = 128
-    """GAU: width of the one shared query/key head."""
-    head_width: int = 64
-    """Attention: width of a head; the number of heads is `width / head_width`. unet: the largest width of a head."""
-    qk_norm: bool = False
-    bias: bool = False
-    """Biases in the linear layers of the blocks."""
-    rope: Literal["axial", "mixed", "none"] = "axial"
-    """`axial`: half of the pairs turn with the row, half with the column. `mixed`: every pair of every head learns its own
-    direction in the plane."""
-    rope_base: float = 100.0
-    positions: Literal["centred", "scaled", "corner", "raster"] = "centred"
-    places: Literal["smooth", "learned", "sincos", "none"] = "smooth"
-    """How each patch is told, at the input, where in its image it stands; `none` leaves that to RoPE alone."""
-    skip: Literal["none", "concat", "lerp"] = "none"
-    """Long skips from the first half of the layers to the second."""
-    bottleneck: int = 0
-    """Patches are projected to this width first; 0: straight to the model's."""
-    overlap: int = 0
-    """Pixels by which the window that a patch reads and predicts reaches over each of its edges."""
-    patch_head: Literal["linear", "conv"] = "linear"
-    """`conv` adds two 3x3 convolutions over the whole image, across the edges of its patches."""
-    tie_embeddings: bool = False
-    lossless: bool = True
-    """Demand a width that can hold a patch exactly: at least 3 * patch^2."""
-    time: Literal["input", "token", "adaln", "none"] = "input"
-    """Where the noise time enters: added to each patch; as a token before each noised block (with layout.time_token); as
-    scale, shift and gate of every layer; or nowhere."""
-    time_embedding: Literal["smooth", "table"] = "smooth"
-    """`smooth`: low-frequency features of u. `table`: the 1000-entry table of the DDPM schedule."""
-    attention: Literal["auto", "dense", "blockwise", "pallas"] = "auto"
-    compute: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`auto`: bfloat16 on accelerators, float32 on CPU. Parameters are always float32."""
-    remat: Literal["none", "dots", "attention", "full"] = "none"
-    """What the backward pass recomputes of each layer, from none to all of it: `dots` keeps the results of the matrix
-    products with parameters, `attention` those of attention alone, `full` nothing but the layer's input."""
-
-    channels: tuple[int, ...] = (1, 2, 2, 2)
-    """unet: channels at each resolution, in units of `width`; `depth` is the number of residual blocks at each."""
-
-    def __post_init__(self):
-        for name in ("width", "depth", "patch", "expansion", "key_width", "head_width"):
-            value = getattr(self, name)
-            require(value >= 1, f"model.{name}={value} must be at least 1.")
-        values = 3 * self.patch**2
-        require(
-            0 <= 2 * self.overlap <= self.patch,
-            f"model.overlap={self.overlap} must lie between 0 and half of model.patch={self.patch}.",
-        )
-        require(self.bottleneck >= 0, f"model.bottleneck={self.bottleneck} must not be negative (0: none).")
-        require(
-            self.time_embedding == "smooth" or self.time in ("input", "token"),
-            f"model.time_embedding='table' needs model.time='input' or 'token', not {self.time!r}.",
-        )
-        if self.network != "transfusion":
-            self._check_rival()
-        if self.lossless and self.network != "unet":
-            require(
-                not 0 < self.bottleneck < values,
-                f"model.bottleneck={self.bottleneck} cannot hold a {self.patch}x{self.patch} patch losslessly: it needs "
-                f"{values}. Raise it, or set model.lossless=False.",
-            )
-            require(
-                self.width >= values,
-                f"model.width={self.width} cannot hold a {self.patch}x{self.patch} patch losslessly: it needs at least "
-                f"{values} (better {2 * values}). Raise model.width, lower model.patch, or set model.lossless=False.",
-            )
-        if self.network != "transfusion":
-            return
-        if self.block == "gau":
-            require(
-                self.key_width % 4 == 0,
-                f"model.key_width={self.key_width} must be a multiple of 4: 2-D RoPE turns pairs, half by row, half by "
-                "column. Use 64 or 128.",
-            )
-        else:
-            require(
-                self.width % self.head_width == 0,
-                f"model.width={self.width} is not a multiple of model.head_width={self.head_width}. Change one of them.",
-            )
-            require(self.head_width % 4 == 0, f"model.head_width={self.head_width} must be a multiple of 4 for 2-D RoPE.")
-        require(self.rope_base > 1, f"model.rope_base={self.rope_base} must be above 1.")
-
-    def _check_rival(self) -> None:
-        heeded = HEEDED + {"unet": ("channels",)}.get(self.network, ("lossless",))
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            require(
-                field.name in heeded or value == field.default,
-                f"model.{field.name}={value!r} has no meaning with model.network={self.network!r}; leave it at its default, "
-                f"{field.default!r}, or change model.network.",
-            )
-        if self.network == "unet":
-            require(
-                bool(self.channels) and min(self.channels) >= 1,
-                f"model.channels={self.channels} must be positive, one or more.",
-            )
-            require(
-                self.width % 8 == 0, f"model.width={self.width} must be a multiple of 8: unet normalises groups of channels."
-            )
-        else:
-            require(
-                self.width % self.head_width == 0,
-                f"model.width={self.width} is not a multiple of model.head_width={self.head_width}. Change one of them.",
-            )
-
-    def warnings(self) -> list[str]:
-        """What works but is known to be tight, one line each; printed once when a run starts."""
-        values = 3 * self.patch**2
-        if self.network != "transfusion":
-            return []
-        if self.width < values:
-            return [f"model.width={self.width} < {values}: patches are compressed, this model is not lossless."]
-        if self.width < 2 * values:
-            return [f"model.width={self.width} < {2 * values} leaves little room beside a {self.patch}x{self.patch} patch."]
-        return []
+__all__ = ["Config", "ConfigError", "Data", "Diffusion", "Layout", "Mesh", "Model", "Optimizer", "Sampling", "Training"]
+__all__ += ["check_image_size", "require", "suggest"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -393,7 +250,7 @@ class Config:
     """One experiment."""
 
     name: str = "experiment"
-    model: Model = Model()
+    model: Model = dataclasses.field(default_factory=Model)
     layout: Layout = Layout()
     diffusion: Diffusion = Diffusion()
     data: Data = Data()
@@ -494,9 +351,3 @@ def check_image_size(height: int, width: int, patch: int, where: str) -> None:
             f"{where}: an image of {height}x{width} is not divisible by model.patch={patch}; "
             f"resize to {down[0]}x{down[1]} (data.image_size) or change model.patch."
         )
-
-
-def suggest(name: str, known: list[str]) -> str:
-    """`; did you mean 'x'?` for a misspelt name, or an empty string."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean '{near[0]}'?" if near else ""
