@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from mmdiff import config
 from mmdiff.cli.arguments import Parser, add_drawing, given
@@ -14,10 +17,21 @@ EXAMPLES = """examples:
   mmdiff evaluate runs/quickstart --metrics image_accuracy --steps 4 --solver ddim
   mmdiff evaluate runs/faces --phrases "black hair|brown hair|blond hair;smiling" --count 500
   mmdiff evaluate runs/quickstart --json > metrics.json
+  mmdiff evaluate runs/faces --features encoder --count 1000
+  mmdiff evaluate runs/faces --metrics fid_inception --features inception --weights pt_inception-2015-12-05-6726825d.pth
 
 metrics:
 {metrics}
-Without --metrics all are measured that suit the run's data, but for the slow ones.
+Without --metrics all are measured that suit the run's data, but for the slow ones. --features adds the Frechet and the
+kernel distance in these features, precision_recall, density_coverage and nearest_train_ratio. Sets hold as many generated
+as real images, at most --count. The protocol (samples, split, sampler, resizing, hashes) goes to stderr; it is a key of
+--json.
+
+features:
+  random      a random convolutional network      patch_dct   spectra of 8x8 blocks
+  encoder     trained once on the run's images, without labels, about a minute; kept in WORKDIR/evaluation
+  inception   the network of FID; --weights: {known},
+              from https://github.com/mseitzer/pytorch-fid/releases (read without PyTorch)
 
 exit codes: 0 done, 2 wrong usage, 65 bad run or data
 """
@@ -25,11 +39,17 @@ exit codes: 0 done, 2 wrong usage, 65 bad run or data
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    from mmdiff.evaluation.evaluate import METRICS, check_names, evaluate
+    from mmdiff.data.sources import open_source
+    from mmdiff.evaluation import inception, sets
+    from mmdiff.evaluation.evaluate import METRICS, check_names, measure
+    from mmdiff.evaluation.features import NAMES
     from mmdiff.evaluation.phrases import parse_groups
+    from mmdiff.evaluation.protocol import lines, protocol
+    from mmdiff.evaluation.task import SPLITS, Comparison, Task
 
-    about = "".join(f"  {name:<21} {metric.about}\n" for name, metric in METRICS.items())
-    parser = Parser("mmdiff evaluate", "Measure a trained model on held-out data.", EXAMPLES.format(metrics=about))
+    about = "".join(f"  {name:<23} {metric.about}\n" for name, metric in METRICS.items())
+    epilog = EXAMPLES.format(metrics=about, known=inception.KNOWN_NAME)
+    parser = Parser("mmdiff evaluate", "Measure a trained model on held-out data.", epilog)
     parser.add_argument("workdir", help="folder of a training run")
     parser.add_argument("--metrics", metavar="A,B", help="which to measure")
     parser.add_argument("--count", type=int, default=200, metavar="N", help="documents per metric (default: 200)")
@@ -37,27 +57,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--phrases", metavar="GROUPS", help="phrases that captions should name: 'a|b|c;d', ; between groups")
     parser.add_argument("--data", metavar="DIR", help="folder of held-out documents (default: the run's data.path)")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    group = parser.add_argument_group("sets of images")
+    group.add_argument("--features", choices=NAMES, help="what images are compared by (default: random)")
+    group.add_argument("--weights", metavar="FILE", help="of --features inception; of encoder: another run's, to compare with")
+    group.add_argument("--weights-sha256", metavar="HEX", help="take a file of Inception weights with this hash")
+    group.add_argument("--split", choices=SPLITS, default="validation", help="whose images are real (default: validation)")
     add_drawing(parser)
     arguments = parser.parse(argv)
     try:
         metrics = None if arguments.metrics is None else [n.strip() for n in arguments.metrics.split(",") if n.strip()]
         check_names(metrics or [])
         phrases = [] if arguments.phrases is None else parse_groups(arguments.phrases)
+        comparison = Comparison(
+            arguments.features,
+            None if arguments.weights is None else Path(arguments.weights),
+            arguments.weights_sha256,
+            arguments.split,
+            Path(arguments.workdir) / "evaluation",
+        )
+        sets.check(comparison, metrics or ())
         if arguments.count < 1:
             raise config.ConfigError(f"--count {arguments.count} must be at least 1.")
     except config.ConfigError as error:
         parser.error(str(error))
     model = load(arguments.workdir)
-    if arguments.data is not None:
+    source = None
+    if arguments.data is not None:  # the training images remain those of the run
         data = dataclasses.replace(model.cfg.data, path=arguments.data)
-        model.cfg = dataclasses.replace(model.cfg, data=data)
+        source = open_source(dataclasses.replace(model.cfg, data=data), "validation")
     wanted = given(arguments, DRAWING)
     try:
         model.options(**wanted)
     except config.ConfigError as error:
         parser.error(str(error))
-    result = evaluate(model, metrics, count=arguments.count, seed=arguments.seed, phrases=phrases, **wanted)
-    print(as_json(result) if arguments.json else table(result))
+    task = Task(model, arguments.count, arguments.seed, wanted, phrases, source, comparison)
+    result = measure(task, metrics)
+    if arguments.json:
+        print(as_json(result, protocol(task)))
+    else:
+        print(lines(protocol(task)), file=sys.stderr)
+        print(table(result))
     return 0
 
 
@@ -72,9 +111,10 @@ def load(workdir: str):
         raise mmdiff.DataError(str(error)) from error
 
 
-def as_json(result: dict[str, float]) -> str:
-    """One JSON object; what is not a number is null."""
-    return json.dumps({name: value if math.isfinite(value) else None for name, value in result.items()})
+def as_json(result: dict[str, float], rests_on: dict[str, Any] | None = None) -> str:
+    """One JSON object; what is not a number is null. `rests_on` becomes the key "protocol"."""
+    numbers = {name: value if math.isfinite(value) else None for name, value in result.items()}
+    return json.dumps(numbers | ({"protocol": rests_on} if rests_on is not None else {}))
 
 
 def table(result: dict[str, float]) -> str:

@@ -1,6 +1,8 @@
 """Measuring a model on held-out data. All seeds are fixed: the same model gives the same numbers.
 
-    any data    text_bits_per_byte, x_error, patch_grid_ratio, image_bits_per_dim, phrase_accuracy
+    any data    text_bits_per_byte, x_error, patch_grid_ratio, image_bits_per_dim, image_bits_per_dim_ode, phrase_accuracy
+                sets of images (mmdiff/evaluation/sets.py): frechet_*, fid_inception, kid_*, precision_recall,
+                density_coverage, nearest_train_ratio
     shapes      caption_accuracy, image_accuracy, question_accuracy, edit_accuracy, interleaved_validity
     words       read_accuracy, write_accuracy
 
@@ -16,10 +18,12 @@ from mmdiff.data import shapes as shapes_data
 from mmdiff.data import words as words_data
 from mmdiff.data.sources import Source
 from mmdiff.document import Text
-from mmdiff.evaluation import shapes, words
+from mmdiff.evaluation import sets, shapes, words
+from mmdiff.evaluation.features import NAMES
+from mmdiff.evaluation.likelihood import image_bits_per_dim_ode
 from mmdiff.evaluation.patch_grid import patch_grid_ratio
 from mmdiff.evaluation.phrases import phrase_accuracy
-from mmdiff.evaluation.task import Task, mean
+from mmdiff.evaluation.task import Comparison, Task, mean
 
 LOOKED_AT = 100  # documents that show whether the data has texts and images
 
@@ -54,26 +58,34 @@ def evaluate(
     count: int = 200,
     seed: int = 0,
     phrases: Sequence[Sequence[str]] = (),
+    comparison: Comparison = Comparison(),  # noqa: B008  frozen
     **drawing,
 ) -> dict[str, float]:
     """Measure a model.
 
     Args:
       model: as `mmdiff.load` returns it.
-      metrics: names from METRICS; None takes all that suit the model's data, but for the slow ones.
+      metrics: names from METRICS; None takes all that suit the model's data, but for the slow ones, and those of
+        `comparison.features` if it is given.
       source: held-out documents, where the model's configuration does not name them.
       count: documents per metric. seed: of everything that is sampled.
       phrases: groups of phrases that captions should name (mmdiff/evaluation/phrases.py); adds phrase_accuracy.
+      comparison: how sets of images are compared.
       drawing: sampling options of the images (steps, solver, grid, guidance); the rest are the configuration's.
     Returns:
       numbers by name, in the order of the metrics.
     Raises:
       ConfigError: an unknown metric or option. DataError: there is nothing to measure it on.
     """
-    if count < 1:
-        raise config.ConfigError(f"count={count} must be at least 1.")
-    model.options(**drawing)  # refuses what is wrong with them before anything is measured
-    task = Task(model, count, seed, drawing, phrases, source)
+    return measure(Task(model, count, seed, drawing, phrases, source, comparison), metrics)
+
+
+def measure(task: Task, metrics: Sequence[str] | None = None) -> dict[str, float]:
+    """`evaluate`, for those who want to know afterwards what it rests on (mmdiff/evaluation/protocol.py)."""
+    if task.count < 1:
+        raise config.ConfigError(f"count={task.count} must be at least 1.")
+    task.model.options(**task.drawing)  # refuses what is wrong with them before anything is measured
+    sets.check(task.comparison, metrics or ())
     result: dict[str, float] = {}
     for name in chosen(task, metrics):
         result |= METRICS[name].measure(task)
@@ -81,9 +93,11 @@ def evaluate(
 
 
 def chosen(task: Task, names: Sequence[str] | None) -> list[str]:
-    """The metrics to measure: those named, or the usual ones that suit the data."""
+    """The metrics to measure: those named, or the usual ones that suit the data and those of the features asked for."""
     added = ["phrase_accuracy"] if task.phrases else []
     if names is None:
+        if task.comparison.features is not None:
+            added += sets.in_space(task.comparison.features)
         return [name for name, metric in METRICS.items() if metric.usual and metric.applies(task)] + added
     check_names(names)
     for name in names:
@@ -133,6 +147,10 @@ def _grid_shows(task: Task) -> bool:
     return task.model.cfg.model.patch > 1 and _has_image(task)
 
 
+def _set_metric(measure: Callable[[Task], dict[str, float]], about: str) -> Metric:
+    return Metric(measure, about, _has_image, usual=False)
+
+
 METRICS = {
     "caption_accuracy": Metric(shapes.caption_accuracy, "captions of shapes", _generated("shapes", "caption")),
     "image_accuracy": Metric(shapes.image_accuracy, "shapes drawn from captions", _generated("shapes", "draw")),
@@ -142,8 +160,25 @@ METRICS = {
     "read_accuracy": Metric(words.read_accuracy, "reading words", _generated("words", "read")),
     "write_accuracy": Metric(words.write_accuracy, "writing words", _generated("words", "draw")),
     "text_bits_per_byte": Metric(text_bits_per_byte, "texts", _has_text),
-    "x_error": Metric(x_error, "images, denoised at eight noise levels", _has_image),
-    "patch_grid_ratio": Metric(patch_grid_ratio, "images, at the edges of their patches", _grid_shows),
+    "x_error": Metric(
+        x_error, "|x_hat - x|^2 / |x|^2 of held-out images denoised at eight fixed noise levels, lower is better", _has_image
+    ),
+    "patch_grid_ratio": Metric(
+        patch_grid_ratio, "steps across patch edges against those inside, generated over real, 1 is best", _grid_shows
+    ),
     "image_bits_per_dim": Metric(image_bits_per_dim, "a likelihood bound of images (slow)", _has_image, usual=False),
+    "image_bits_per_dim_ode": Metric(
+        image_bits_per_dim_ode, "likelihood of images under the sampler's ODE (very slow)", _has_image, usual=False
+    ),
     "phrase_accuracy": Metric(phrase_accuracy, "phrases that captions should name", _has_text, usual=False),
+    **{
+        sets.frechet_name(name): _set_metric(sets.frechet(name), f"Frechet distance of generated and real images: {name}")
+        for name in NAMES
+    },
+    **{f"kid_{name}": _set_metric(sets.kid(name), f"kernel distance of the same, without bias: {name}") for name in NAMES},
+    "precision_recall": _set_metric(sets.precision_recall, "shares of either set that lie among the other (--features)"),
+    "density_coverage": _set_metric(sets.density_coverage, "the same, less ruled by outliers (--features)"),
+    "nearest_train_ratio": _set_metric(
+        sets.nearest_train_ratio, "distance to the nearest training image, against held-out images; copies: 0 (--features)"
+    ),
 }

@@ -222,19 +222,29 @@ def load(path: Path, sha256: str | None = None) -> Features:
     Args:
       sha256: what the file's hash must be; None: KNOWN.
     Raises:
-      ConfigError: the file is another one. DataError: it cannot be read, or holds no Inception-v3.
+      ConfigError: as of `check_file`. DataError: it holds no Inception-v3.
+    """
+    found = check_file(path, sha256)
+    model = Inception()
+    fill(model, read_arrays(path))
+    return features(model, found[:16])
+
+
+def check_file(path: Path, sha256: str | None = None) -> str:
+    """The SHA-256 of a file of weights.
+
+    Raises:
+      ConfigError: the file cannot be read, or is another one than `sha256` says (None: KNOWN).
     """
     try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(f"weights {path} cannot be read ({error.strerror}).") from error
+        raise config.ConfigError(f"weights {path} cannot be read ({error.strerror}).") from error
     if found != (sha256 or KNOWN).lower():
         wanted = f"the one asked for, {sha256}" if sha256 else f"{KNOWN_NAME}'s; give --weights-sha256 {found} if you mean it"
         raise config.ConfigError(f"weights {path}: its SHA-256 {found} is not {wanted}.")
-    arrays = read_arrays(path)
-    model = Inception()
-    fill(model, arrays)
-    return features(model, found[:16])
+    return found
 
 
 def features(model: Inception, weights: str | None = None) -> Features:

@@ -11,18 +11,17 @@ from collections.abc import Sequence
 import numpy as np
 
 from mmdiff.document import DataError
-from mmdiff.evaluation.prompts import drawings
 from mmdiff.evaluation.task import Task
 
 
 def patch_grid_ratio(task: Task) -> dict[str, float]:
     """`patch_grid_ratio`: g of generated images / g of the real ones; `patch_grid_ratio_real`: g of the real ones."""
-    wanted = drawings(task.source, task.model.cfg, task.count)
+    wanted = task.wanted
     if not wanted:
         raise DataError("patch_grid_ratio: the held-out data has no image that is drawn.")
     patch = task.model.cfg.model.patch
     real = gradient_ratio([d.image.pixels for d in wanted], patch)
-    drawn = gradient_ratio(task.draw(wanted), patch)
+    drawn = gradient_ratio(task.generated, patch)
     return {"patch_grid_ratio": drawn / real if real else float("nan"), "patch_grid_ratio_real": real}
 
 

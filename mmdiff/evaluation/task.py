@@ -3,8 +3,10 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +20,30 @@ from mmdiff.training.validate import validate
 VALIDATION_ROWS = 64  # when the configuration switches validation off
 
 
+SPLITS = ("validation", "train")
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """How sets of generated and real images are compared (mmdiff/evaluation/sets.py)."""
+
+    features: str | None = None
+    """One of features.NAMES; None: random, and its metrics only where they are named."""
+    weights: Path | None = None
+    """File of these features' weights: inception, encoder."""
+    weights_sha256: str | None = None
+    """inception: hash of another file than the known one."""
+    split: str = "validation"
+    """Whose images are real, and whose prompts are drawn: one of SPLITS."""
+    cache: Path | None = None
+    """Folder where the encoder is kept."""
+
+    @property
+    def space(self) -> str:
+        return self.features or "random"
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """What every metric reads. `drawing`: sampling options of the images, where they differ from the configuration's."""
@@ -28,7 +54,11 @@ class Task:
     drawing: dict[str, Any] = dataclasses.field(default_factory=dict)
     phrases: Sequence[Sequence[str]] = ()
     given: Source | None = None
+    comparison: Comparison = Comparison()
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What metrics add to the protocol."""
+    made: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What several metrics share, by `once`."""
 
     @functools.cached_property
     def source(self) -> Source:
@@ -37,6 +67,31 @@ class Task:
         if not len(source):
             raise DataError("the data has no held-out documents; give a folder that has some (--data).")
         return source
+
+    @functools.cached_property
+    def wanted(self) -> list[Drawing]:
+        """The drawings whose results are compared with the data, as sets."""
+        source = self.source if self.comparison.split == "validation" else open_source(self.model.cfg, "train")
+        return self.wanted_of(source)
+
+    def wanted_of(self, source: Source) -> list[Drawing]:
+        return prompts.drawings(source, self.model.cfg, self.count)
+
+    @functools.cached_property
+    def generated(self) -> list[np.ndarray]:
+        """What the model draws for `wanted`: uint8 [h, w, 3] each."""
+        return self.draw(self.wanted)
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` returned when it was first asked for under this name."""
+        if name not in self.made:
+            self.made[name] = make()
+        return self.made[name]
+
+    def warn(self, line: str) -> None:
+        """Say on stderr, and in the protocol, why a number may mislead."""
+        self.notes.setdefault("warnings", []).append(line)
+        print(f"warning: {line}", file=sys.stderr)
 
     @functools.cached_property
     def validation(self) -> dict[str, float]:

@@ -13,13 +13,15 @@ def test_json_is_one_object_and_nothing_else(command, tmp_path):
     code, said, _ = command("evaluate", tmp_path, *FAST, "--json")
     result = json.loads(said)
     assert code == 0 and said.count("\n") == 1
-    assert set(result) == {"image_accuracy", "image_accuracy_stderr", "image_exact", "image_exact_stderr", "x_error"}
+    wanted = {"image_accuracy", "image_accuracy_stderr", "image_exact", "image_exact_stderr", "x_error", "protocol"}
+    assert set(result) == wanted
+    assert (result["protocol"]["steps"], result["protocol"]["split"]) == (1, "validation")
     assert command("evaluate", tmp_path, *FAST, "--json")[1] == said  # every seed is fixed
 
 
 def test_table_has_a_line_per_number(command, tmp_path):
-    code, said, _ = command("evaluate", tmp_path, *FAST)
-    assert code == 0
+    code, said, beside = command("evaluate", tmp_path, *FAST)
+    assert code == 0 and beside.startswith("protocol: ") and "solver unipc2, steps 1" in beside
     assert [line.split()[0] for line in said.splitlines()] == ["image_accuracy", "image_exact", "x_error"]
 
 
@@ -30,6 +32,15 @@ def test_likelihoods_and_phrases_are_measured_when_asked_for(command, tmp_path):
     assert code == 0
     assert {"text_bits_per_byte", "image_bits_per_dim", "phrase_accuracy_red", "phrase_majority_circle"} <= set(result)
     assert 0 < result["image_bits_per_dim"] < 9
+
+
+def test_sets_of_images_are_compared_in_the_features_asked_for(command, tmp_path):
+    asked = ("--metrics", "kid_patch_dct,density_coverage", "--features", "patch_dct", "--count", "6", "--steps", "1")
+    code, said, _ = command("evaluate", tmp_path, *asked, "--json")
+    result = json.loads(said)
+    assert code == 0
+    assert {"kid_patch_dct", "density_patch_dct", "coverage_patch_dct"} <= set(result)
+    assert (result["protocol"]["generated"], len(result["protocol"]["features"]["patch_dct"]["hash"])) == (6, 16)
 
 
 def test_what_is_not_a_number_is_null():
@@ -45,6 +56,10 @@ MISTAKES = [
     (("--count", "0"), 2, "--count 0"),
     (("--steps", "0"), 2, "steps=0"),
     (("--solver", "euler"), 2, "invalid choice: 'euler'"),
+    (("--features", "inception"), 2, "--weights pt_inception"),
+    (("--metrics", "fid_inception", "--weights", "w.pth"), 2, "--features inception --weights"),
+    (("--features", "inception", "--weights", "absent.pth"), 2, "absent.pth cannot be read"),
+    (("--metrics", "density_coverage", "--count", "5", "--steps", "1"), 65, "needs at least 6 images"),
     (("--cuont", "3"), 2, "did you mean '--count'"),
 ]
 
@@ -59,4 +74,15 @@ def test_a_mistake_is_one_line(command, tmp_path, arguments, expected, message):
 def test_help_names_every_metric(command):
     code, said, _ = command("evaluate", "--help")
     assert code == 0
-    assert all(name in said for name in ("caption_accuracy", "write_accuracy", "image_bits_per_dim", "examples:"))
+    assert all(
+        name in said
+        for name in (
+            "caption_accuracy",
+            "write_accuracy",
+            "image_bits_per_dim",
+            "examples:",
+            "fid_inception",
+            "eight fixed",
+            "across",
+        )
+    )
