@@ -17,6 +17,7 @@ def protocol(task: Task) -> dict[str, Any]:
     if "generated" in task.__dict__:  # was drawn
         sizes = sorted({(d.image.height, d.image.width) for d in task.wanted})
         found |= {"generated": len(task.generated), "real": len(task.wanted), "pixels": "uint8"}
+        found["prompts"] = "of the real images" if task.model.cfg.layout.markers else "none"
         found["image_sizes"] = [f"{height}x{width}" for height, width in sizes[:8]] + ["..."] * (len(sizes) > 8)
     options = task.model.options(**task.drawing)
     found |= {name: getattr(options, name) for name in ("solver", "steps", "grid", "guidance")}

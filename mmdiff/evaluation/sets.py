@@ -4,6 +4,11 @@
     generated   one for each, from the prompt that stands before it in the data, through uint8 like the real ones
     train       (encoder, nearest_train_ratio) images of the training split, evenly spread, all that are learnt
 
+With prompts the sets are paired, as is the custom for text-to-image models: a good model's images then resemble the real
+set more than another real set would, distances come out lower than between independent sets, and KID may fall below 0.
+The generators' held-out split shows combinations that the training split lacks, so nearest_train_ratio below 1 is no sign
+of copying there.
+
 The formulas are in mmdiff/evaluation/distances.py, the extractors in mmdiff/evaluation/features.py. A result's name ends
 with that of its features; what else it depends on goes to the task's notes, which `mmdiff evaluate` prints.
 """

@@ -12,10 +12,13 @@ import scipy.stats
 
 from mmdiff import Document, Image, config
 from mmdiff.data.vocabulary import Vocabulary
-from mmdiff.evaluation.likelihood import bits_per_dim, document_bits, ode_nats
+from mmdiff.evaluation.likelihood import bits_per_dim, document_nats, image_bits_per_dim_ode, ode_nats
+from mmdiff.evaluation.task import Task
 from mmdiff.models.network import Network
 from mmdiff.sampling.generate import Model
 from tests.diffusion.mixtures import gauss4, patch48, ring8
+
+from .oracle import Listed
 
 SIGMA_MIN = 0.05
 
@@ -120,6 +123,10 @@ def made(markers=True, **model):
     return Model(cfg, Network.of(cfg, vocabulary.size).init(jax.random.key(0)), vocabulary)
 
 
+def document_bits(model, documents, **options):
+    return [bits_per_dim(*found) for found in document_nats(model, documents, 0.01, **options)]
+
+
 def picture(seed=0):
     return Image(np.random.default_rng(seed).integers(0, 256, (8, 12, 3)).astype(np.uint8))
 
@@ -149,3 +156,14 @@ def test_likelihoods_do_not_depend_on_neighbours_but_on_what_stands_before(block
     assert later == pytest.approx(alone, rel=1e-5)
     before = document_bits(model, [Document("blue!", picture(), "b")], steps=16)[0]
     assert before != pytest.approx(alone, rel=1e-5)
+
+
+def test_a_mixture_over_stops_costs_little_more_than_its_best_one():
+    """A fresh model is better the earlier it stops; stopped at 0.1 it says N(x; 0, 0.1^2 I)."""
+    documents = [Document("a", picture()), Document("only text"), Document(picture(1))]
+    task = Task(made(), count=3, given=Listed(documents))
+    found = image_bits_per_dim_ode(task)
+    assert task.notes["ode"]["stops"] == pytest.approx([0.01, 0.03, 0.1]) and task.notes["ode"]["documents"] == 2
+    by_stop = [found[f"image_bits_per_dim_ode_{stop}"] for stop in ("0.01", "0.03", "0.1")]
+    assert by_stop[0] > by_stop[1] > by_stop[2]
+    assert found["image_bits_per_dim_ode"] == pytest.approx(by_stop[2] + math.log2(3) / (8 * 12 * 3), rel=1e-5)

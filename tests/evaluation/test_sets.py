@@ -107,7 +107,8 @@ def test_the_protocol_says_what_numbers_rest_on():
     task = Task(Painter(of_split("validation")), COUNT, 3, {"steps": 7, "guidance": 2.0})
     result = measure(task, ["kid_random", "kid_patch_dct", "nearest_train_ratio"])
     found = protocol(task)
-    wanted = {"generated": COUNT, "real": COUNT, "split": "validation", "seed": 3, "pixels": "uint8", "train_images": 60}
+    wanted = {"generated": COUNT, "real": COUNT, "split": "validation", "seed": 3, "pixels": "uint8"}
+    wanted |= {"train_images": 60, "prompts": "of the real images"}
     wanted |= {"solver": "unipc2", "steps": 7, "grid": "uniform_logsnr", "guidance": 2.0, "image_sizes": ["32x32"]}
     assert found | wanted == found
     assert set(found["features"]) == {"random", "patch_dct"}
