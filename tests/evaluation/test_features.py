@@ -1,5 +1,7 @@
 """Feature extractors: what they see, that they are the same every time, and that resizing is what it says."""
 
+import functools
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -15,6 +17,7 @@ from mmdiff.evaluation.resize import bilinear_matrix, resize
 QUICK = {"steps": 80, "together": 12}
 
 
+@functools.cache
 def pictures(count, split="train", size=32):
     made = Shapes(0, count, size, 2, (("draw", 1.0),), split)
     return [made[i].images[0].pixels for i in range(count)]
@@ -64,7 +67,7 @@ def test_features_do_not_depend_on_the_batch(extractor):
 
 def test_every_extractor_tells_what_is_wrong_with_pictures_from_other_real_ones(extractor):
     rng = np.random.default_rng(0)
-    real, other = pictures(300), pictures(600)[300:]
+    real, other = pictures(200), pictures(400)[200:]
     spoilt = {
         "noise": [np.clip(x + rng.normal(0, 12, x.shape), 0, 255).astype(np.uint8) for x in other],
         "blurred": [((x.astype(int) + np.roll(x, 1, 0) + np.roll(x, 1, 1)) // 3).astype(np.uint8) for x in other],

@@ -116,7 +116,7 @@ def test_values_that_are_not_counted_change_nothing():
 
 def made(markers=True, **model):
     cfg = config.Config(
-        model=config.Model(width=64, depth=2, patch=4, key_width=16, **model),
+        model=config.Model(width=64, depth=1, patch=4, key_width=16, **model),
         layout=config.Layout(row_length=96, markers=markers),
     )
     vocabulary = Vocabulary.bytes()

@@ -1,5 +1,6 @@
 """Comparing sets of images: perfect, spoilt and copying models, equal counts, refusals, and the protocol."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -42,6 +43,7 @@ class Painter:
         return [Document(Image(pixels)) for _, pixels in zip(prompts, self.pixels, strict=False)]
 
 
+@functools.cache
 def of_split(split, cfg=CFG, count=COUNT):
     return [d.image.pixels for d in drawings(open_source(cfg, split), cfg, count)]
 
