@@ -133,7 +133,7 @@ def test_6_the_unconditional_prompt_is_that_of_training(model, tiny_gau, new_pic
     model.generate([Document("12", first, "3", IMG)], image_size=(4, 4), max_tokens=0, steps=1, guidance=2.0)
     prompt, unconditional = seen
     count = int(unconditional.counts[0])
-    for name in ("tokens", "patches", "is_patch", "position", "place"):
+    for name in ("tokens", "patches", "is_patch", "position", "cell"):
         np.testing.assert_array_equal(getattr(unconditional, name)[0, :count], getattr(row, name)[stream], err_msg=name)
     np.testing.assert_array_equal(unconditional.read[0, :count], row.context_end[stream])
     v = tiny_gau.vocabulary
@@ -209,7 +209,7 @@ def test_9_an_image_prompt_is_written_exactly_as_in_training(tiny_gau, positions
         trained = tiny.lay(part, plans, end=False)
         sampled, place = session._stream(part)
         stream = ~trained.noised
-        for name in ("tokens", "patches", "is_patch", "position", "place", "context_start", "context_end"):
+        for name in ("tokens", "patches", "is_patch", "position", "cell", "context_start", "context_end"):
             np.testing.assert_array_equal(getattr(sampled, name), getattr(trained, name)[stream], err_msg=name)
         last = trained.position[stream][-1]
         assert place == last[0] == last[1]

@@ -97,7 +97,7 @@ def test_a_change_is_made_to_every_arm_and_a_complaint_names_the_arm():
 
 def test_the_example_is_a_sweep_of_about_equal_arms():
     sweep = load_sweep("experiments/ablations/block.py")
-    assert sweep.baseline == "attention" and isinstance(sweep, Sweep)
+    assert sweep.baseline == "gau" and isinstance(sweep, Sweep)
     assert {cfg.model.block for cfg in sweep.arms.values()} == {"attention", "gau"}
 
 
