@@ -45,16 +45,14 @@ def main() -> int:
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     gib = lambda size: f"{size / 2**30:.2f}"
     for name, report in reports.items():
-        sent = report.get("collective_bytes", {})
+        refused, sent = report.get("compiler_refused"), report.get("collective_bytes", {})
         added = sent.get("all-reduce", 0) + sent.get("reduce-scatter", 0)
         cells = [
             name.replace(",", " x "),
             str(report["pieces"]),
             f"{report['executed_flops_per_step'] / report['devices'] / 1e12:.1f}",
             *(gib(report[key]) if key in report else "" for key in ("argument_bytes", "temporary_bytes", "peak_hbm_bytes")),
-            gib(sent.get("all-gather", 0)),
-            gib(added),
-            gib(report.get("collective_bytes_sent", 0)),
+            *(["", "", ""] if refused else [gib(sent.get("all-gather", 0)), gib(added), gib(report["collective_bytes_sent"])]),
             "yes" if report["fits"] else "no",
         ]
         print(f"| {' | '.join(cells)} |")
