@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from mmdiff.evaluation.pages import check_free, free_folder, write_documents
 
     files = arguments.document or arguments.image or arguments.inpaint
-    name = arguments.prompt[0] if arguments.prompt else Path(files[0]).stem
+    name = arguments.prompt[0] if arguments.prompt else Path(files[0]).stem if files else "images"
     out = Path(arguments.out) if arguments.out else free_folder(Path(arguments.workdir) / "samples", name)
     check_free(out, arguments.overwrite)
     model = load(arguments.workdir)

@@ -30,6 +30,12 @@ def test_draws_variants_of_every_prompt_that_depend_on_their_seed_alone(command,
     np.testing.assert_array_equal(pixels(tmp_path / "again", 1), pixels(out, 2))
 
 
+def test_images_alone_may_be_asked_for_without_a_prompt_or_a_folder(command, tmp_path):
+    code, said, _ = command("sample", tmp_path, "--images", 2, "--steps", 1)
+    assert code == 0 and "wrote 2 documents with 2 images" in said
+    assert (tmp_path / "samples" / "images" / "index.html").is_file()
+
+
 def test_default_folders_are_new_ones(command, tmp_path):
     for name in ("a-circle", "a-circle-2"):
         assert command("sample", tmp_path, "--prompt", "a circle", "--steps", 1)[0] == 0
