@@ -24,7 +24,7 @@ notebooks: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q tests/test_notebooks.py
 
 lint: $(VENV)/.installed-dev
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --no-cache .   # its cache remembers which modules did not exist yet
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from mmdiff.sweeps.sweep import Sweep
-
 from mmdiff.config_files import load_experiment, replaced
+from mmdiff.sweeps.sweep import Sweep
 
 BASE = load_experiment(Path(__file__).parents[1] / "faces_32.py")
 
