@@ -17,7 +17,7 @@ and keeps what `mmdiff report DIR` needs. The same command again goes on where i
   --budget BUDGET     what each run gets: 5m-per-arm (or s, h; training steps alone, measured once per arm and fixed in
                       DIR/sweep.json), 2000steps-per-arm, or 1e15flops-per-arm
   --arms A,B          only these arms, for now
-  --jobs N            runs at a time (default: 1; steps are measured one arm at a time)
+  --jobs N            runs at a time, each on its share of the cores (default: 1)
   --strict            stop at the first failed run
   --FIELD VALUE       a field of the configuration, changed in every arm
 

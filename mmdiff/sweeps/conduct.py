@@ -42,7 +42,7 @@ def conduct(
     from mmdiff.parallel.distributed import code_fingerprint
 
     chosen = sweep.chosen(arms)
-    with Lock(workdir, say) as lock, Children(lock.descriptor) as children:
+    with Lock(workdir, say) as lock, Children(lock.descriptor, jobs=jobs) as children:
         try:
             plan = make_plan(
                 workdir,

@@ -3,9 +3,14 @@
 import json
 import os
 import signal
+import sys
 import threading
 import time
 
+import pytest
+
+from mmdiff.sweeps import children
+from mmdiff.sweeps.children import available_cores
 from tests.sweeps.conftest import named, tiny_sweep, with_metrics
 
 
@@ -92,3 +97,23 @@ def signal_when(paths, number):
     while not all(path.exists() for path in paths) and time.monotonic() < limit:
         time.sleep(0.02)
     os.kill(os.getpid(), number)
+
+
+@pytest.mark.skipif(len(available_cores()) < 2, reason="one core cannot be divided, or the system does not tell its cores")
+def test_runs_at_the_same_time_have_cores_of_their_own(monkeypatch, tmp_path):
+    told = "import os, sys, time; print(sorted(os.sched_getaffinity(0)), flush=True); time.sleep(float(sys.argv[1]))"
+    monkeypatch.setattr(children, "PYTHON", (sys.executable, "-c", told))
+    everything = available_cores()
+    assert children.core_shares(len(everything) + 1) == [set()]
+    with children.Children(jobs=2) as processes:
+        log = tmp_path / "log"
+        first = processes.start(["0"], tmp_path / "first", log)
+        processes.start(["60"], tmp_path / "second", log)
+        first.wait()
+        processes.start(["0"], tmp_path / "third", log).wait()  # in place of the first
+        while not (tmp_path / "second").read_text():
+            time.sleep(0.02)
+        processes.terminate()
+    one, two, three = (set(json.loads((tmp_path / name).read_text())) for name in ("first", "second", "third"))
+    assert one == three and not one & two and one | two <= everything and len(one) == len(two) == len(everything) // 2
+    assert available_cores() == everything
