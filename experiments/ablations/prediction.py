@@ -1,6 +1,10 @@
-"""What the network predicts, and in which space its error counts: nine pairs, on patches of 4, 8 and 16.
+"""What the network predicts, and in which space its error counts: nine pairs, for patches of one size.
 
-The larger the patch, the more values a position must carry; of 768 values the network's width holds only 192.
+The larger the patch, the more values a position must carry: 48 values of a patch of 4, 192 of 8, which is the network's
+width, and 768 of 16. For patches of 8 and of 16, each with a baseline of its own:
+
+    mmdiff sweep experiments/ablations/prediction.py ... --model.patch 8 --layout.row_length 16
+    mmdiff sweep experiments/ablations/prediction.py ... --model.patch 16 --layout.row_length 4 --model.lossless False
 """
 
 from pathlib import Path
@@ -12,18 +16,11 @@ BASE = load_experiment(Path(__file__).parents[1] / "faces_32.py")
 
 
 def sweep() -> Sweep:
-    arms = {}
-    for patch in (4, 8, 16):
-        for prediction in ("x", "eps", "v"):
-            for loss in ("v", "x", "eps"):
-                arms[f"patch{patch}-{prediction}-{loss}-loss"] = {
-                    "model.patch": patch,
-                    "model.lossless": patch < 16,
-                    "layout.row_length": (32 // patch) ** 2,
-                    "diffusion.prediction": prediction,
-                    "diffusion.loss": loss,
-                }
+    pairs = [(prediction, loss) for prediction in ("x", "eps", "v") for loss in ("v", "x", "eps")]
     return Sweep(
-        question="Which prediction and which loss space suit which patch size?",
-        arms={name: replaced(BASE, changes) for name, changes in arms.items()},
+        question="Which prediction and which loss space suit the patch size?",
+        arms={
+            f"{prediction}-{loss}-loss": replaced(BASE, {"diffusion.prediction": prediction, "diffusion.loss": loss})
+            for prediction, loss in pairs
+        },
     )

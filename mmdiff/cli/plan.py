@@ -31,7 +31,7 @@ GIB = 2**30
 
 
 def main(argv: list[str]) -> int:
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or {"-h", "--help"} & set(argv):
         print(HELP, end="")
         return 0 if argv else USAGE
     experiment, rest = argv[0], argv[1:]

@@ -35,7 +35,7 @@ with --strict that of the failed run
 
 
 def main(argv: list[str]) -> int:
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or {"-h", "--help"} & set(argv):
         print(HELP, end="")
         return 0 if argv else USAGE
     file, rest = argv[0], argv[1:]

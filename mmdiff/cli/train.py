@@ -34,7 +34,7 @@ SIGTERM after a save (run it again to go on), 1 a crash, or the watchdog (traini
 
 
 def main(argv: list[str]) -> int:
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or {"-h", "--help"} & set(argv):
         print(HELP, end="")
         return 0 if argv else USAGE
     experiment, rest = argv[0], argv[1:]
