@@ -200,7 +200,9 @@ class Sampling:
     """Defaults of `generate` and of the sample sheets; every call may override them."""
 
     steps: int = 10
-    solver: Literal["ddim", "midpoint", "heun", "dpmpp_2m", "unipc2", "ddpm", "ddpm_large"] = "unipc2"
+    solver: Literal[
+        "ddim", "midpoint", "heun", "dpmpp_2m", "dpmpp_3m", "unipc2", "unipc3", "dpmpp_2m_sde", "ddpm", "ddpm_large"
+    ] = "unipc2"
     grid: Literal["uniform_logsnr", "uniform_u", "ddpm_table"] = "uniform_logsnr"
     sigma_max: float = 80.0
     sigma_min: float = 0.01

@@ -17,7 +17,7 @@ from . import mixtures
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "solvers.json").read_text())
 SIGMA_MAX, SIGMA_MIN = GOLDEN["sigma_max"], GOLDEN["sigma_min"]
-DETERMINISTIC = ["ddim", "midpoint", "heun", "dpmpp_2m", "unipc2"]
+DETERMINISTIC = ["ddim", "midpoint", "heun", "dpmpp_2m", "dpmpp_3m", "unipc2", "unipc3"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,10 +79,10 @@ def test_a_wrong_first_corrector_shows(budget, change):
         table = make_table("unipc2", "uniform_u", budget)
         keep = table.level[1] / table.level[0]
         e, h = keep - 1, -np.log(keep)
-        np.testing.assert_allclose(table.correct[1], [keep, 0, -e / 2, -e / 2, 0], atol=1e-12)
+        np.testing.assert_allclose(table.correct[1], [keep, 0, -e / 2, -e / 2, 0, 0], atol=1e-12)
         wrong = (-e / h - 1) / e
         correct = table.correct.copy()
-        correct[1] = [keep, 0, -e * wrong, -e * (1 - wrong), 0]
+        correct[1] = [keep, 0, -e * wrong, -e * (1 - wrong), 0, 0]
         p = problem("patch48")
         assert abs(p.error(dataclasses.replace(table, correct=correct)) - p.error(table)) > change
 
@@ -151,8 +151,11 @@ def _heun_loop(denoise, x, sigmas):
     [
         ("ddim", "uniform_logsnr", 1),
         ("dpmpp_2m", "uniform_logsnr", 2),
+        ("dpmpp_3m", "uniform_logsnr", 2),  # its first two steps are of lower order
         ("heun", "uniform_u", 2),
+        ("midpoint", "uniform_u", 3),  # on Gaussians
         ("unipc2", "uniform_logsnr", 3),
+        ("unipc3", "uniform_logsnr", 3.88),
     ],
 )
 def test_convergence_order_on_a_gaussian(solver, grid, order):
@@ -176,7 +179,7 @@ def test_convergence_order_on_a_gaussian(solver, grid, order):
     assert measured == pytest.approx(order, abs=0.15)
 
 
-@pytest.mark.parametrize("solver", [*DETERMINISTIC, "ddpm"])
+@pytest.mark.parametrize("solver", [*DETERMINISTIC, *solvers.STOCHASTIC])
 def test_ends_with_x_hat(solver):
     """A denoiser that knows the answer gives it exactly, for any number of evaluations; the last state is noisy."""
     answer = jnp.linspace(-1, 1, 7)
@@ -193,7 +196,7 @@ def test_ends_with_x_hat(solver):
     assert jnp.max(jnp.abs(state - answer)) > 1e-3  # a sampler that returned its last state would not be exact
 
 
-@pytest.mark.parametrize("solver", [*DETERMINISTIC, "ddpm"])
+@pytest.mark.parametrize("solver", [*DETERMINISTIC, *solvers.STOCHASTIC])
 @pytest.mark.parametrize("nfe", [1, 2, 5, 10])
 def test_budget_counts_network_evaluations(solver, nfe):
     calls = []
@@ -235,6 +238,27 @@ def test_ancestral_needs_noise():
     sigmas = grids.make_grid("uniform_logsnr", 3, SIGMA_MAX, SIGMA_MIN)
     with pytest.raises(ValueError, match="stochastic"):
         solvers.solve(lambda point, sigma: point, jnp.ones(3), sigmas, "ddpm")
+
+
+def test_dpmpp_2m_sde_matches_its_textbook_loop():
+    """And without the noise it does not: the check would notice."""
+    with jax.enable_x64(True):
+        p = problem("ring8")
+        sigmas, start = grids.make_grid("uniform_logsnr", 7, SIGMA_MAX, SIGMA_MIN), p.start[:64]
+        noises = jnp.asarray(np.random.default_rng(0).standard_normal((7, *start.shape)))
+        x, before, h_before = start, None, None
+        for i, (s, t) in enumerate(itertools.pairwise(sigmas)):
+            x_hat = p.mixture.denoise(x, s)
+            if t == 0:
+                break
+            h = np.log(s / t)
+            ahead = x_hat if before is None else x_hat + h / (2 * h_before) * (x_hat - before)
+            x = t / s * np.exp(-h) * x - np.expm1(-2 * h) * ahead + t * np.sqrt(-np.expm1(-2 * h)) * noises[i]
+            before, h_before = x_hat, h
+        ours = solvers.solve(p.mixture.denoise, start, sigmas, "dpmpp_2m_sde", lambda step: noises[step])
+        np.testing.assert_allclose(ours, x_hat, atol=1e-12)
+        quiet = solvers.solve(p.mixture.denoise, start, sigmas, "dpmpp_2m_sde", lambda step: 0 * noises[step])
+        assert np.abs(np.asarray(quiet) - x_hat).max() > 0.1
 
 
 @pytest.mark.parametrize("sigmas", [[80.0, 1.0], [1.0, 2.0, 0.0], [0.0], [80.0, 80.0, 0.0]])
