@@ -10,7 +10,7 @@ import hashlib
 import json
 from typing import Literal
 
-from mmdiff.config_model import ConfigError, Model, require, suggest
+from mmdiff.config_model import DENSE_LIMIT, ConfigError, Model, require, suggest
 
 __all__ = ["Config", "ConfigError", "Data", "Diffusion", "Layout", "Mesh", "Model", "Optimizer", "Sampling", "Training"]
 __all__ += ["check_image_size", "require", "suggest"]
@@ -83,6 +83,18 @@ class Diffusion:
             f"diffusion.weighting_value={self.weighting_value} must be positive for weighting={self.weighting!r}.",
         )
         require(self.image_scale >= 0, f"diffusion.image_scale={self.image_scale} must not be negative.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewStep:
+    """Training for drawing in one to eight evaluations (mmdiff/diffusion/few_step.py), after ordinary training."""
+
+    objective: Literal["none", "meanflow", "difference", "shortcut"] = "none"
+    share: float = 0.5
+    """Of the noised images, how many learn a step; the others go on learning to denoise."""
+
+    def __post_init__(self):
+        require(0 < self.share <= 1, f"few_step.share={self.share} must be above 0 and at most 1.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,6 +174,8 @@ class Training:
     """The loop (mmdiff/training/loop.py)."""
 
     steps: int = 2000
+    init: str = ""
+    """Folder of a run whose averaged parameters this one starts from; what they lack starts afresh."""
     batch_size: int = 32
     """Rows per optimiser step, over all devices."""
     accumulate: int = 1
@@ -201,7 +215,17 @@ class Sampling:
 
     steps: int = 10
     solver: Literal[
-        "ddim", "midpoint", "heun", "dpmpp_2m", "dpmpp_3m", "unipc2", "unipc3", "dpmpp_2m_sde", "ddpm", "ddpm_large"
+        "ddim",
+        "midpoint",
+        "heun",
+        "dpmpp_2m",
+        "dpmpp_3m",
+        "unipc2",
+        "unipc3",
+        "dpmpp_2m_sde",
+        "ddpm",
+        "ddpm_large",
+        "few_step",
     ] = "unipc2"
     grid: Literal["uniform_logsnr", "uniform_u", "ddpm_table"] = "uniform_logsnr"
     sigma_max: float = 80.0
@@ -255,6 +279,7 @@ class Config:
     model: Model = dataclasses.field(default_factory=Model)
     layout: Layout = Layout()
     diffusion: Diffusion = Diffusion()
+    few_step: FewStep = FewStep()
     data: Data = Data()
     optimizer: Optimizer = Optimizer()
     training: Training = Training()
@@ -270,6 +295,12 @@ class Config:
         )
         if model.network != "transfusion":
             self._check_rival()
+        if self.few_step.objective != "none":
+            self._check_few_step()
+        require(
+            self.sampling.solver != "few_step" or model.step_input,
+            "sampling.solver='few_step' needs model.step_input=True, and training with few_step.objective.",
+        )
         require(
             self.model.time_embedding == "smooth" or self.diffusion.schedule == "ddpm",
             "model.time_embedding='table' needs diffusion.schedule='ddpm': the table has one entry per DDPM step.",
@@ -285,6 +316,22 @@ class Config:
         """(height, width) of every image, where the configuration says so."""
         side = self.data.generator_image_size
         return {"shapes": (side, side), "words": (side, 2 * side)}.get(self.data.source, self.data.image_size)
+
+    def _check_few_step(self) -> None:
+        model, diffusion, name = self.model, self.diffusion, f"few_step.objective={self.few_step.objective!r}"
+        require(model.step_input, f"{name} needs model.step_input=True.")
+        require(
+            diffusion.prediction == "x" and diffusion.schedule == "flow",
+            f"{name} is for diffusion.prediction='x' with diffusion.schedule='flow', not {diffusion.prediction!r} with "
+            f"{diffusion.schedule!r}.",
+        )
+        require(
+            self.few_step.objective != "meanflow"
+            or model.attention == "dense"
+            or (model.attention == "auto" and self.layout.row_length**2 <= DENSE_LIMIT),
+            f"{name} differentiates forwards, which only dense attention can: with model.attention={model.attention!r} and "
+            f"layout.row_length={self.layout.row_length} set model.attention='dense', or few_step.objective='difference'.",
+        )
 
     def _check_rival(self) -> None:
         model, layout, size = self.model, self.layout, self.fixed_size

@@ -17,6 +17,8 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+DENSE_LIMIT = 1024 * 1024  # queries times keys up to which model.attention="auto" takes the dense form
+
 # fields of Model that mean something to a rival of the transformer; the others must keep their defaults
 HEEDED = ("network", "width", "depth", "patch", "head_width", "attention", "compute", "remat")
 
@@ -64,6 +66,8 @@ class Model:
     scale, shift and gate of every layer; or nowhere."""
     time_embedding: Literal["smooth", "table"] = "smooth"
     """`smooth`: low-frequency features of u. `table`: the 1000-entry table of the DDPM schedule."""
+    step_input: bool = False
+    """Also tell each patch the length of the step that it is to take (few_step); no difference where that is 0."""
     attention: Literal["auto", "dense", "blockwise", "pallas"] = "auto"
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto`: bfloat16 on accelerators, float32 on CPU. Parameters are always float32."""
@@ -90,6 +94,10 @@ class Model:
         )
         if self.network != "transfusion":
             self._check_rival()
+        require(
+            not self.step_input or self.time_embedding == "smooth",
+            "model.step_input=True needs model.time_embedding='smooth': steps are learnt by differentiating in time.",
+        )
         if self.lossless and self.network != "unet":
             require(
                 not 0 < self.bottleneck < values,

@@ -13,10 +13,13 @@ from mmdiff import config, config_files
 from mmdiff.cli.main import DIVERGED, NOT_SAVED, PREEMPTED, USAGE
 
 HELP = """usage: mmdiff train EXPERIMENT.py[:FUNCTION] --workdir DIR [--FIELD VALUE ...] [options]
+       mmdiff train --init RUN [--few-step] --workdir DIR [--FIELD VALUE ...] [options]
 
 Trains the configuration that config() (or FUNCTION()) of EXPERIMENT.py returns, or resumes DIR if it holds a run. In place
 of EXPERIMENT.py stands a configuration as JSON just as well, such as another run's config.json.
 
+  --init RUN              start from the averaged parameters of another run (and, without EXPERIMENT.py, its configuration)
+  --few-step              learn to draw in 1 to 8 evaluations (few_step.objective: how); RUN stays the model for 10 and more
   --fields                list every field
   --strict                stop at a damaged checkpoint instead of going back to an older one
   --profile FIRST:LAST    write a profiler trace of the steps FIRST to LAST - 1 to DIR/profile
@@ -26,21 +29,39 @@ of EXPERIMENT.py stands a configuration as JSON just as well, such as another ru
 examples:
   mmdiff train experiments/quickstart.py --workdir runs/quickstart
   mmdiff train experiments/quickstart.py --workdir runs/deep --model.depth 8 --training.steps 5000
+  mmdiff train --init runs/quickstart --few-step --workdir runs/quickstart_few --training.steps 500
   mmdiff train experiments/own_data.py --workdir runs/mine --data.path data/mine
 
 exit codes: 0 done, 2 usage, 65 bad configuration or data, 70 diverged, 74 a checkpoint could not be written, 75 stopped by
 SIGTERM after a save (run it again to go on), 1 a crash, or the watchdog (training.watchdog)
 """
 
+FEW_STEP = {
+    "model.step_input": True,
+    "few_step.objective": "meanflow",
+    "sampling.solver": "few_step",
+    "sampling.grid": "uniform_u",
+    "sampling.steps": 4,
+    "sampling.guidance": 1.0,
+}
+"""What --few-step changes."""
+
 
 def main(argv: list[str]) -> int:
     if not argv or {"-h", "--help"} & set(argv):
         print(HELP, end="")
         return 0 if argv else USAGE
-    experiment, rest = argv[0], argv[1:]
-    if experiment.startswith("-"):
+    init, rest = take_option(argv, "--init")
+    if rest and not rest[0].startswith("-"):
+        experiment, *rest = rest
+    elif init is not None:
+        experiment = str(Path(init) / "config.json")
+        if not Path(experiment).is_file():
+            raise config.ConfigError(f"--init {init} holds no run: config.json not found.")
+    else:
         print("mmdiff train: the first argument is the experiment file, for example experiments/quickstart.py", file=sys.stderr)
         return USAGE
+    few_step, rest = "--few-step" in rest, [a for a in rest if a != "--few-step"]
     workdir, rest = take_option(rest, "--workdir")
     traced, rest = take_option(rest, "--profile")
     coordinator, rest = take_option(rest, "--coordinator")
@@ -63,6 +84,10 @@ def main(argv: list[str]) -> int:
     if problem or steps is None:
         print(f"mmdiff train: {problem}", file=sys.stderr)
         return USAGE
+    if init is not None:
+        cfg = config_files.replaced(cfg, {"training.init": init})
+    if few_step:
+        cfg = config_files.replaced(cfg, FEW_STEP)
     cfg = override(cfg, ["--help" if a == "--fields" else a for a in rest])
     from mmdiff.parallel.distributed import initialize
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from mmdiff.diffusion.schedule import DDPM_LEVELS
 
-ONE_STAGE = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc2", "unipc3", "dpmpp_2m_sde", "ddpm", "ddpm_large")
+ONE_STAGE = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc2", "unipc3", "dpmpp_2m_sde", "ddpm", "ddpm_large", "few_step")
 TWO_STAGE = ("midpoint", "heun")
 
 

@@ -19,6 +19,7 @@ h = log(s/t) and h' the h before it:
                     a single k takes c = 1/2. Of order 2 the prediction is (3).
     (5) heun        trapezoid in flow coordinates y = X/(1+s), u = s/(1+s), with dy/du = (y - D)/u
     (6) midpoint    midpoint rule in the same coordinates
+        few_step    (1), the network being told the length u(s) - u(t) of the step: it gives the x_hat that makes (1) exact
 
 Every solver ends with X <- x_hat of its last evaluation. All are linear in (X, D): a solver is a table of coefficients
 with one row per evaluation, computed here in float64, and `integrate` runs any table as one scan around one copy of the
@@ -41,7 +42,7 @@ import numpy as np
 
 from mmdiff.diffusion import grids
 
-Denoise = Callable[[jax.Array, jax.Array], jax.Array]
+Denoise = Callable[..., jax.Array]
 Noise = Callable[[jax.Array], jax.Array]
 
 STOCHASTIC = ("ddpm", "ddpm_large", "dpmpp_2m_sde")
@@ -57,13 +58,15 @@ class Table:
     correct: np.ndarray  # [n, 6]
     predict: np.ndarray  # [n, 4]
     noise_scale: np.ndarray  # [n]
+    length: np.ndarray | None = None  # [n]; of each step in noise time, for solvers that tell the network
 
 
 def solve(denoise: Denoise, x_init: jax.Array, sigmas: np.ndarray, solver: str, noise: Noise | None = None) -> jax.Array:
     """Sample: integrate from `sigmas[0]` to 0.
 
     Args:
-      denoise: (X, sigma) -> x_hat; sigma is a traced scalar. To clamp known values, clamp what it returns.
+      denoise: (X, sigma) -> x_hat, or (X, sigma, length) -> x_hat for few_step; sigma and length are traced scalars. To
+        clamp known values, clamp what it returns.
       x_init: sigmas[0] * standard normal noise.
       sigmas: concrete decreasing levels ending with 0 (`grids.make_grid`).
       solver: one of grids.ONE_STAGE and grids.TWO_STAGE.
@@ -89,7 +92,7 @@ def integrate(denoise: Denoise, x_init: jax.Array, table: Table, noise: Noise | 
     def evaluate(carry, step_and_row):
         step, row = step_and_row
         base, point, before = carry
-        x_hat = denoise(point, row.level).astype(dtype)
+        x_hat = denoise(point, row.level, *([] if row.length is None else [row.length])).astype(dtype)
         base = _combine(row.correct, base, point, x_hat, *before)
         point = _combine(row.predict, base, x_hat, *before[:-1])
         if noise is not None:
@@ -120,6 +123,9 @@ def make_table(solver: str, sigmas: np.ndarray) -> Table:
     match solver:
         case "ddim":
             return _one_stage(sigmas, _first_order(keep))
+        case "few_step":
+            length = -np.diff(sigmas / (1 + sigmas))
+            return dataclasses.replace(_one_stage(sigmas, _first_order(keep)), length=length)
         case "ddpm":
             return _one_stage(sigmas, _first_order(keep**2), noise_scale=sigmas[1:] * np.sqrt(1 - keep**2))
         case "ddpm_large":

@@ -3,7 +3,7 @@
 Everywhere outside mmdiff/models and mmdiff/nn a model is a pair: a `Network`, hashable, and its parameters, a plain nested
 dict. `Network.bind` makes a module of the two, for use inside jit:
 
-    hidden(tokens, is_patch, z, u, cell, position, mask)     -> [b, t, d]
+    hidden(tokens, is_patch, z, u, cell, position, mask)     -> [b, t, d]; also context= and, with model.step_input, step=
     predict(hidden, cell)                                    -> [b, t, p], the prediction (x, eps or v) at patches
     text_nats(hidden, targets), text_logits(hidden)          only with a vocabulary
 """

@@ -5,6 +5,7 @@ bidirectional block, mmdiff/layout.py), which head and loss they get (denoise), 
 mmdiff/sampling/image.py). Other paths add files beside this one.
 
     embed:  e = z W_patch + features(u) W_time + features(place) W_place       float32; clean patches have u = 0
+            + (features(h) - features(0)) W_step                               few-step networks; zero at the start
     head:   RMSNorm + linear, zero at the start                                + conv(conv(features of the image))
 
 `place` says where in its image a patch stands. RoPE alone says only how far apart patches are, and a network then spends
@@ -147,13 +148,19 @@ class RawPatches(nnx.Module):
             self.time_in = TimeIn(cfg, rngs, place)
         if self.placed:
             self.place_in = PlaceIn(cfg, rngs, place)
+        self.stepped = cfg.step_input
+        if self.stepped:
+            self.step_in = into(1 + 2 * TIME_FREQUENCIES, gain=0.0)
         self.norm = RMSNorm(cfg.width)
         self.patch_out = Linear(cfg.width, window, rngs, axes=("width", None), gain=0.0, place=place)
         if self.conv:
             self.conv_out = ConvHead(cfg, rngs, place)
 
-    def embed(self, z: jax.Array, u: jax.Array, cell: jax.Array) -> jax.Array:
-        """Patches z [b, t, p] (clean, or noised at time u [b, t]) in cells [b, t, 4] to float32 [b, t, d]."""
+    def embed(self, z: jax.Array, u: jax.Array, cell: jax.Array, step: jax.Array | None = None) -> jax.Array:
+        """Patches z [b, t, p] (clean, or noised at time u [b, t]) in cells [b, t, 4] to float32 [b, t, d].
+
+        `step`, the lengths h [b, t] of steps, is for networks with model.step_input; None is 0.
+        """
         z = z.astype(jnp.float32)
         if self.overlap:
             z = with_margin(self._square(z), cell, self.overlap).reshape(*z.shape[:-1], -1)
@@ -162,6 +169,8 @@ class RawPatches(nnx.Module):
         embedded = self._exact(self.patch_in, z)
         if self.placed:
             embedded = embedded + self.place_in(cell)
+        if self.stepped and step is not None:
+            embedded = embedded + self.step_in(time_features(step) - time_features(jnp.zeros_like(step)))
         return embedded + self.time_in(u) if self.timed else embedded
 
     def predict(self, hidden: jax.Array, cell: jax.Array) -> jax.Array:

@@ -29,9 +29,9 @@ class Rival(nnx.Module):
         self.grid = dict(rows=grid[0], cols=grid[1], height=cfg.patch, width=cfg.patch, channels=3)
         self.network = NETWORKS[cfg.network](cfg, (grid[0] * cfg.patch, grid[1] * cfg.patch), rngs, place)
 
-    def hidden(self, tokens, is_patch, z, u, cell, position, mask, context=None) -> jax.Array:
+    def hidden(self, tokens, is_patch, z, u, cell, position, mask, context=None, step=None) -> jax.Array:
         """The prediction, float32 [b, t, p], for rows of images and then, perhaps, padding."""
-        del tokens, is_patch, cell, position, mask, context
+        del tokens, is_patch, cell, position, mask, context, step
         length = z.shape[1]
         missing = -length % self.count
         z, u = jnp.pad(z, ((0, 0), (0, missing), (0, 0))), jnp.pad(u, ((0, 0), (0, missing)))

@@ -99,10 +99,10 @@ class Transfusion(nnx.Module):
         if vocabulary_size and not cfg.tie_embeddings:
             self.text_out = Linear(cfg.width, words, rngs, axes=("width", "vocabulary"), gain=0.0, place=place)
 
-    def embed(self, tokens, is_patch, z, u, cell) -> Embedded:
-        """tokens, is_patch, u [b, t], z [b, t, p], cell [b, t, 4] to the stack's input, in the compute type."""
+    def embed(self, tokens, is_patch, z, u, cell, step=None) -> Embedded:
+        """tokens, is_patch, u, step [b, t], z [b, t, p], cell [b, t, 4] to the stack's input, in the compute type."""
         dtype = compute_type(self.cfg, self.place)
-        x = self.image.embed(z, u, cell).astype(dtype)
+        x = self.image.embed(z, u, cell, step).astype(dtype)
         if self.vocabulary_size:
             scale = self.cfg.width**0.5 if self.cfg.tie_embeddings else 1.0
             text = gather(self.text_embedding, dtype, self.place)[tokens] * scale
@@ -194,9 +194,12 @@ class Transfusion(nnx.Module):
             nats = jax.shard_map(nats, mesh=place.mesh, in_specs=specs, out_specs=by_row, check_vma=False)
         return nats(self.norm(hidden), kernel, targets)
 
-    def hidden(self, tokens, is_patch, z, u, cell, position, mask: IntervalMask, context=None) -> jax.Array:
-        """Final hidden states [b, t, d] of positions behind `context`, the keys and values of each layer (as of `stack`)."""
-        return self.stack(self.embed(tokens, is_patch, z, u, cell), position, mask, context)[0]
+    def hidden(self, tokens, is_patch, z, u, cell, position, mask: IntervalMask, context=None, step=None) -> jax.Array:
+        """Final hidden states [b, t, d] of positions behind `context`, the keys and values of each layer (as of `stack`).
+
+        `step`: the lengths h [b, t] of steps, for networks with model.step_input.
+        """
+        return self.stack(self.embed(tokens, is_patch, z, u, cell, step), position, mask, context)[0]
 
     def predict(self, hidden: jax.Array, cell: jax.Array) -> jax.Array:
         """Final hidden states [b, t, d] of patches in cells [b, t, 4] to what they predict (x, eps or v), float32 [b, t, p]."""

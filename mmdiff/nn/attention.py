@@ -16,12 +16,11 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mmdiff.config_model import DENSE_LIMIT
 from mmdiff.layout import IntervalMask
 from mmdiff.nn import attention_blockwise, attention_pallas
 from mmdiff.nn.attention_tiled import NEGATIVE, Passes, tiled_attention
 from mmdiff.parallel.sharding import NOWHERE, Placement
-
-DENSE_LIMIT = 1024 * 1024  # queries times keys up to which `auto` takes the dense form
 
 
 class KeyValue(NamedTuple):

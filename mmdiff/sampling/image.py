@@ -72,16 +72,16 @@ def draw(
     one = functools.partial(_predict, model, diffusion, caches[0], canvas, canvas.position[:1])
     both = functools.partial(_predict, model, diffusion, joined, canvas, canvas.position)
 
-    def in_both(point: jax.Array, sigma: jax.Array) -> jax.Array:
-        conditional, unconditional = jnp.split(both(jnp.concatenate([point, point]), sigma), 2)
+    def in_both(point: jax.Array, *at: jax.Array) -> jax.Array:
+        conditional, unconditional = jnp.split(both(jnp.concatenate([point, point]), *at), 2)
         return guidance.guided(conditional, unconditional, guide.scale)
 
-    def denoise(point: jax.Array, sigma: jax.Array) -> jax.Array:
+    def denoise(point: jax.Array, sigma: jax.Array, *length: jax.Array) -> jax.Array:
         if len(caches) == 1:
-            x_hat = one(point, sigma)
+            x_hat = one(point, sigma, *length)
         else:
             inside = guidance.inside(sigma, (guide.lowest, guide.highest))
-            x_hat = jax.lax.cond(inside, lambda: in_both(point, sigma), lambda: one(point, sigma))
+            x_hat = jax.lax.cond(inside, lambda: in_both(point, sigma, *length), lambda: one(point, sigma, *length))
         return x_hat if known is None else jnp.where(known.repaint, x_hat, known.pixels)
 
     shape = (canvas.position.shape[2], network.patch_values)
@@ -101,8 +101,13 @@ def to_pixels(x: jax.Array) -> jax.Array:
     return jnp.clip(jnp.rint((x + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
 
 
-def _predict(model, diffusion: config.Diffusion, cache: Cache, canvas: Canvas, position, point, sigma) -> jax.Array:
-    """x_hat [b', n, p] of the noised patches `point` = X, with b' documents (2 b with guidance)."""
+def _predict(
+    model, diffusion: config.Diffusion, cache: Cache, canvas: Canvas, position, point, sigma, length=None
+) -> jax.Array:
+    """x_hat [b', n, p] of the noised patches `point` = X, with b' documents (2 b with guidance).
+
+    `length`: of the step in noise time, for networks that are told it.
+    """
     documents, patches = point.shape[:2]
     u = time_of(sigma)
     alpha, scale = make_schedule(diffusion)(u)
@@ -129,7 +134,9 @@ def _predict(model, diffusion: config.Diffusion, cache: Cache, canvas: Canvas, p
     )
     is_patch = here >= first
     tokens = jnp.where(is_patch, 0, TIME)
-    hidden = model.hidden(tokens, is_patch, z, jnp.full(here.shape, u), cell, position, mask, cache.layers)
+    everywhere = lambda value: jnp.full(here.shape, value)
+    step = None if length is None else everywhere(length)
+    hidden = model.hidden(tokens, is_patch, z, everywhere(u), cell, position, mask, cache.layers, step)
     output, z = model.predict(hidden, cell)[:, first:], z[:, first:]
     # the smallest clip that keeps eps -> x finite: at sigma_max it must stay below 1 / (1 + sigma)
     return prediction.convert(output, z, alpha, scale, source=diffusion.prediction, target="x", clip=1e-4)

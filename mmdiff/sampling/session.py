@@ -307,6 +307,10 @@ class Session:
 
     def _table(self) -> solvers.Table:
         options, sampling = self.options, self.model.cfg.sampling
+        config.require(
+            options.solver != "few_step" or self.model.cfg.model.step_input,
+            "solver='few_step' needs a model trained for it: mmdiff train --init WORKDIR --few-step --workdir NEW.",
+        )
         try:
             intervals = grids.intervals(options.solver, options.steps)
             grid = grids.make_grid(

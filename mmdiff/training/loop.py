@@ -78,7 +78,7 @@ def train(
         like = run.abstract_state()
         found = checkpoints.latest_valid(like, strict=strict)
         if found is None:
-            state = jax.jit(run.new_state, out_shardings=jax.tree.map(lambda a: a.sharding, like))()
+            state = run.first_state()
         else:
             state, saved = found
             check_same(saved, meta, workdir)

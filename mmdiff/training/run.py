@@ -3,8 +3,10 @@
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -15,6 +17,7 @@ from mmdiff.data.vocabulary import Vocabulary
 from mmdiff.models.network import Network
 from mmdiff.parallel.distributed import is_first
 from mmdiff.training import state as train_state
+from mmdiff.training.checkpoint import restore_params
 from mmdiff.training.optimizer import make_optimizer
 from mmdiff.training.state import TrainState
 
@@ -36,6 +39,24 @@ class Run:
         """The state before the first step; a function of the seed."""
         params = self.network.init(jax.random.fold_in(jax.random.key(self.cfg.training.seed), 1))
         return train_state.create(params, self.tx, self.cfg.training.seed)
+
+    def first_state(self) -> TrainState:
+        """`new_state` on the mesh, its parameters those of `training.init` as far as that has them.
+
+        Raises:
+          ConfigError: the other run's parameters do not fit. DataError: it is no run.
+        """
+        where = jax.tree.map(lambda a: a.sharding, self.abstract_state())
+        init = self.cfg.training.init
+        if not init:
+            return jax.jit(self.new_state, out_shardings=where)()
+        given, _ = restore_params(Path(init) / "checkpoints")
+
+        def started(given) -> TrainState:
+            fresh = self.new_state()
+            return train_state.create(merged(fresh.params, given, init), self.tx, self.cfg.training.seed)
+
+        return jax.jit(started, out_shardings=where)(jax.tree.map(np.asarray, given))
 
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the state."""
@@ -62,6 +83,26 @@ def build(cfg: config.Config, workdir: Path, mesh: Mesh) -> Run:
 
 
 def find_vocabulary(cfg: config.Config, source: Source, workdir: Path) -> Vocabulary:
-    """The run's own vocabulary once it has one, else the one that `data.vocabulary` names."""
-    saved = workdir / VOCABULARY_FILE
-    return Vocabulary.load(saved, cfg.layout.max_grid) if saved.is_file() else open_vocabulary(cfg, source)
+    """The run's own vocabulary once it has one, else that of `training.init`, else the one that `data.vocabulary` names."""
+    for folder in (workdir, Path(cfg.training.init)) if cfg.training.init else (workdir,):
+        if (folder / VOCABULARY_FILE).is_file():
+            return Vocabulary.load(folder / VOCABULARY_FILE, cfg.layout.max_grid)
+    return open_vocabulary(cfg, source)
+
+
+def merged(fresh: dict[str, Any], given: dict[str, Any], source: str) -> dict[str, Any]:
+    """`given` parameters in the structure of `fresh` ones; a leaf that was not given stays fresh.
+
+    Raises:
+      ConfigError: a leaf of `given` has another shape here, or no place.
+    """
+    own, others = train_state.named_leaves(fresh), train_state.named_leaves(given)
+    for path, leaf in others.items():
+        there, here = tuple(leaf.shape), tuple(own[path].shape) if path in own else None
+        if there != here:
+            told = "has no place" if here is None else f"has shape {here}"
+            raise config.ConfigError(
+                f"training.init={source!r}: its parameter {path}, of shape {there}, {told} in this model; use its own "
+                "configuration (mmdiff train --init without an experiment file), or leave training.init out."
+            )
+    return jax.tree.unflatten(jax.tree.structure(fresh), [others.get(path, leaf) for path, leaf in own.items()])

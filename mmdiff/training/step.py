@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from mmdiff import config
+from mmdiff.diffusion.few_step import step_errors
 from mmdiff.diffusion.loss import image_error
 from mmdiff.diffusion.schedule import make_schedule
 from mmdiff.diffusion.times import sample_times
@@ -30,7 +31,8 @@ from mmdiff.training.guard import apply_guarded
 from mmdiff.training.state import TrainState
 
 GOLDEN = 0.6180339887498949  # fractional part of the golden ratio
-PURPOSES = {"times": 0, "noise": 1}
+PURPOSES = {"times": 0, "noise": 1, "steps": 2}
+BALANCE = 0.01  # few-step errors of an image are divided by themselves plus this, so that none rules a batch
 
 
 @jax.tree_util.register_dataclass
@@ -66,6 +68,20 @@ def block_times(rows: Rows, key: jax.Array, diffusion: config.Diffusion) -> jax.
     return jnp.where(rows.noised, jnp.minimum(u, rows.max_u), 0.0)
 
 
+def block_steps(rows: Rows, u: jax.Array, key: jax.Array, cfg: config.Config) -> tuple[jax.Array, jax.Array]:
+    """Times u and step lengths h, float32 [b, t], from the times of `block_times`; h is 0 where a block only denoises.
+
+    A step lies between the block's time and another one, drawn independently: from the larger down to the smaller.
+    """
+    others, chances = jax.random.split(key)
+    other = sample_times(cfg.diffusion, jnp.clip(jax.random.uniform(others, u.shape), 1e-6, 1 - 1e-6))
+    chosen = jax.random.uniform(chances, u.shape) < cfg.few_step.share
+    other, chosen = (jnp.take_along_axis(a, rows.block_start, axis=-1) for a in (other, chosen))
+    other = jnp.minimum(other, rows.max_u)
+    chosen = chosen & rows.noised
+    return jnp.where(chosen, jnp.maximum(u, other), u), jnp.where(chosen, jnp.abs(u - other), 0.0)
+
+
 def corrupt(x: jax.Array, eps: jax.Array, u: jax.Array, diffusion: config.Diffusion):
     """z = alpha x + sigma eps at the times u [b, t]; returns (z, alpha, sigma) with a trailing axis."""
     alpha, sigma = make_schedule(diffusion)(u[..., None])
@@ -78,12 +94,43 @@ def loss_sums(network: Network, diffusion: config.Diffusion, params: Any, rows: 
     z, alpha, sigma = corrupt(x, eps, u, diffusion)
     model = network.bind(params)
     hidden = model.hidden(rows.tokens, rows.is_patch, z, u, rows.cell, rows.position, rows.mask)
+    error = image_error(model.predict(hidden, rows.cell), x, eps, alpha, sigma, diffusion)
+    return _sums(network, diffusion, model, rows, hidden, error)
+
+
+def few_step_sums(
+    network: Network, cfg: config.Config, params: Any, rows: Rows, u: jax.Array, h: jax.Array, eps: jax.Array
+) -> Losses:
+    """The same with the error of steps of length h [b, t] (mmdiff/diffusion/few_step.py) in place of the image loss."""
+    x = normalise(rows.patches)
+    z, _, _ = corrupt(x, eps, u, cfg.diffusion)
+    model = network.bind(params)
+    divisor = lambda u: jnp.maximum(u, cfg.diffusion.clip)[..., None]
+
+    def average(z, u, h):
+        hidden = model.hidden(rows.tokens, rows.is_patch, z, u, rows.cell, rows.position, rows.mask, step=h)
+        return (z - model.predict(hidden, rows.cell)) / divisor(u), hidden
+
+    error, hidden = step_errors(cfg.few_step.objective, average, z, u, h, (z - x) / divisor(u), rows.noised)
+    error = error / (jax.lax.stop_gradient(block_mean(rows, error)) + BALANCE)
+    return _sums(network, cfg.diffusion, model, rows, hidden, error)
+
+
+def block_mean(rows: Rows, values: jax.Array) -> jax.Array:
+    """The mean of `values` [b, t] over the noised block that each position belongs to."""
+    row = jnp.arange(len(values))[:, None]
+    at_start = lambda a: jnp.zeros_like(values).at[row, rows.block_start].add(jnp.where(rows.noised, a, 0.0))
+    mean = at_start(values) / jnp.maximum(at_start(jnp.ones_like(values)), 1.0)
+    return jnp.take_along_axis(mean, rows.block_start, axis=-1)
+
+
+def _sums(network: Network, diffusion: config.Diffusion, model, rows: Rows, hidden: jax.Array, error: jax.Array) -> Losses:
+    """Losses from the final hidden states and the error of each patch [b, t]."""
     weight = rows.text_weight[:, 1:]
     nats = jnp.zeros(())
     if network.vocabulary_size:
         following = jnp.roll(rows.tokens, -1, axis=1)  # the first token comes round to the last, which carries no weight
         nats = model.text_nats(hidden, following)[:, :-1]
-    error = image_error(model.predict(hidden, rows.cell), x, eps, alpha, sigma, diffusion)
     image_weight = rows.image_weight
     if diffusion.reduction == "sum":  # over the patches of an image too; the copies of one image are still averaged
         copies = jnp.maximum(1.0, jnp.round(1.0 / jnp.maximum(image_weight * _patch_count(rows), 1e-9)))
@@ -132,32 +179,35 @@ def make_train_step(
     With `training.accumulate` = n the batch is worked through in n pieces whose gradients add up to exactly the
     gradient of the whole batch: every piece is divided by the weights of the whole batch.
     """
-    pieces, diffusion = cfg.training.accumulate, cfg.diffusion
+    pieces, diffusion, few_step = cfg.training.accumulate, cfg.diffusion, cfg.few_step.objective != "none"
 
     def train_step(state: TrainState, rows: Rows):
         key = jax.random.fold_in(state.key, state.step)
         u = block_times(rows, jax.random.fold_in(key, PURPOSES["times"]), diffusion)
         eps = jax.random.normal(jax.random.fold_in(key, PURPOSES["noise"]), rows.patches.shape, jnp.float32)
         eps = network.place(eps, "rows", None, None)
+        noised: tuple[jax.Array, ...] = u, eps
+        if few_step:
+            noised = (*block_steps(rows, u, jax.random.fold_in(key, PURPOSES["steps"]), cfg), eps)
         text_weight = jnp.maximum(rows.text_weight[:, 1:].sum(), 1e-9)
         image_weight = jnp.maximum(rows.image_weight.sum(), 1e-9)
 
         def loss_of(params, piece):
-            sums = loss_sums(network, diffusion, params, *piece)
+            sums = few_step_sums(network, cfg, params, *piece) if few_step else loss_sums(network, diffusion, params, *piece)
             return sums.text / text_weight + diffusion.image_scale * sums.image / image_weight, sums
 
         grad_of = jax.value_and_grad(loss_of, has_aux=True)
         # cut into layers once, not once per piece
         params = network.separate(state.params) if network.unrolled else state.params
         if pieces == 1:
-            (_, sums), grads = grad_of(params, (rows, u, eps))
+            (_, sums), grads = grad_of(params, (rows, *noised))
         else:
 
             def cut(a):  # piece i takes rows i, i + n, ...: a batch split over devices stays split
                 a = a.reshape(-1, pieces, *a.shape[1:]).swapaxes(0, 1)
                 return network.place(a, None, "rows", *[None] * (a.ndim - 2))
 
-            split = jax.tree.map(cut, (rows, u, eps))
+            split = jax.tree.map(cut, (rows, *noised))
 
             def add(total, piece):
                 (_, sums), grads = grad_of(params, piece)
