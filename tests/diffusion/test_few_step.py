@@ -56,7 +56,7 @@ def test_the_exact_flow_map_has_no_error_and_another_one_has(objective, least):
 
 
 def test_a_wrong_tangent_shows():
-    """The length of a step grows with u while its end stays: taking it as fixed (the end moves along) is an error of order 1."""
+    """A step's length grows with u while its end stays: taking it as fixed, so that the end moves along, shows."""
     z, u, h = points()
     v = velocity(z, u[..., None])
     mean, slope = jax.jvp(lambda z, u: exact(z, u, h)[0], (z, u), (v, jnp.ones_like(u)))

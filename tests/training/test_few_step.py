@@ -58,13 +58,13 @@ def test_a_step_of_no_length_changes_nothing(stepped):
 def test_text_does_not_read_the_steps(stepped):
     """Text nats, and their gradient, are the ordinary loss's own: text is constant along the path of an image."""
     tiny, rows = stepped, batch_of(stepped)
+    u, h, eps = drawn(tiny, with_objective(tiny, "meanflow"), rows)
+    assert float(h.max()) > 0.05
+    ordinary = lambda p: loss_sums(tiny.network, tiny.cfg.diffusion, p, rows, u, eps).text
+    one, grads = jax.value_and_grad(ordinary)(tiny.params)
     for objective in OBJECTIVES:
-        cfg = with_objective(tiny, objective)
-        u, h, eps = drawn(tiny, cfg, rows)
-        assert float(h.max()) > 0.05
-        ordinary = jax.value_and_grad(lambda p: loss_sums(tiny.network, cfg.diffusion, p, rows, u, eps).text)
-        stepping = jax.value_and_grad(lambda p, cfg=cfg: few_step_sums(tiny.network, cfg, p, rows, u, h, eps).text)
-        (one, grads), (other, others) = ordinary(tiny.params), stepping(tiny.params)
+        sums = functools.partial(few_step_sums, tiny.network, with_objective(tiny, objective))
+        other, others = jax.value_and_grad(lambda p, sums=sums: sums(p, rows, u, h, eps).text)(tiny.params)
         np.testing.assert_allclose(one, other, rtol=1e-6)
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), grads, others)
 
@@ -149,7 +149,9 @@ def test_drawing_in_one_evaluation_is_one_evaluation(stepped, monkeypatch):
     """One step from sigma_max: net(z, u, u), here of the noise that the document's key gives."""
     tiny = stepped
     model = Model(tiny.cfg, tiny.params, tiny.vocabulary)
-    draws = functools.partial(model.generate, [Document("12", IMG)], image_size=(4, 6), max_tokens=0, solver="few_step", seed=[1])
+    draws = functools.partial(
+        model.generate, [Document("12", IMG)], image_size=(4, 6), max_tokens=0, solver="few_step", seed=[1]
+    )
     seen = draws(steps=1, grid="uniform_u")[0].images[-1].pixels
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), 0), 2**30)
     noise = jax.random.normal(jax.random.fold_in(key, 0), (6, 12))
@@ -200,7 +202,9 @@ def test_what_cannot_work_is_refused(new_tiny, change, complaint):
 
 def test_a_model_that_was_not_trained_for_it_says_so(tiny_gau):
     with pytest.raises(ConfigError, match="--few-step"):
-        Model(tiny_gau.cfg, tiny_gau.params, tiny_gau.vocabulary).generate([Document("1", IMG)], image_size=(4, 4), solver="few_step")
+        Model(tiny_gau.cfg, tiny_gau.params, tiny_gau.vocabulary).generate(
+            [Document("1", IMG)], image_size=(4, 4), solver="few_step"
+        )
     with pytest.raises(ConfigError, match=r"solver='few_step' needs model\.step_input"):
         dataclasses.replace(tiny_gau.cfg, sampling=config.Sampling(solver="few_step"))
     with pytest.raises(ConfigError, match="time_embedding"):
