@@ -227,7 +227,9 @@ class Sampling:
         "ddpm_large",
         "few_step",
     ] = "unipc2"
-    grid: Literal["uniform_logsnr", "uniform_u", "ddpm_table"] = "uniform_logsnr"
+    grid: Literal["auto", "tuned", "uniform_logsnr", "uniform_u", "ddpm_table"] = "auto"
+    """`tuned`: found by `mmdiff tune-grid` for this run, solver and number of steps. `auto`: that if it is there, else what
+    suits the solver."""
     sigma_max: float = 80.0
     sigma_min: float = 0.01
     guidance: float = 1.0

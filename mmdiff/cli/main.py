@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "train a model, or resume one: mmdiff train experiments/quickstart.py --workdir runs/quickstart",
     "sample": "draw and write documents: mmdiff sample runs/quickstart --prompt 'a large red circle at the top left'",
     "evaluate": "measure a model: mmdiff evaluate runs/quickstart",
+    "tune-grid": "find the noise levels at which few sampling steps do best: mmdiff tune-grid runs/quickstart",
     "sweep": "train the arms of an ablation: mmdiff sweep experiments/ablations/block.py --budget 5m-per-arm --workdir DIR",
     "report": "compare the arms of a sweep: mmdiff report runs/block",
     "plan": "see whether it fits before you book: mmdiff plan experiments/transfusion_7b.py --topology v5p:4x4x8",
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     leave_absent_tpu_alone()
     try:
-        return importlib.import_module(f"mmdiff.cli.{command}").main(arguments[1:])
+        return importlib.import_module(f"mmdiff.cli.{command.replace('-', '_')}").main(arguments[1:])
     except SystemExit as stop:  # argparse and tyro end this way
         return stop.code if isinstance(stop.code, int) else USAGE
     except (ConfigError, DataError) as error:

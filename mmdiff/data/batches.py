@@ -54,7 +54,7 @@ class Batches:
     """Packed rows of a source, by step. Safe to read from several threads."""
 
     def __init__(self, source: Source, vocabulary: Vocabulary, cfg: config.Config, *, learn: bool = True):
-        """`learn=False` is for validation: no text is dropped and nothing is flipped.
+        """`learn=False` is for validation: no text is dropped, nothing is flipped, and training.seed makes no difference.
 
         Raises:
           ConfigError: an image is not divisible by the patch, or too large for the vocabulary; names file and line.
@@ -63,6 +63,7 @@ class Batches:
         if len(source) == 0:
             raise DataError("the data set holds no document.")
         self.source, self.vocabulary, self.cfg = source, vocabulary, cfg
+        self.seed = cfg.training.seed if learn else 0
         layout, data = cfg.layout, cfg.data
         drop, flip = (layout.text_drop, 0.5 * data.flip) if learn else (0.0, 0.0)
         about_text = (drop, layout.trailing_context, 0.5 * (data.order == "both")) if layout.markers else (0.0, 0.0, 0.0)
@@ -81,7 +82,7 @@ class Batches:
         """Identifies what the sequence of rows depends on: texts, image sizes, vocabulary, layout, seed, and the pixels
         of a few documents."""
         cfg = self.cfg
-        settings = (cfg.layout, cfg.model.patch, cfg.model.positions, cfg.training.seed, self.rates)
+        settings = (cfg.layout, cfg.model.patch, cfg.model.positions, self.seed, self.rates)
         digest = hashlib.sha256(f"{self.vocabulary.fingerprint} {settings}".encode())
         for outline in self.outlines:
             for piece in outline:
@@ -228,7 +229,7 @@ class Batches:
             )
 
     def _rng(self, epoch: int) -> np.random.Generator:
-        return np.random.default_rng([self.cfg.training.seed, epoch])
+        return np.random.default_rng([self.seed, epoch])
 
     def _choices(self, epoch: int, rng: np.random.Generator) -> np.ndarray:
         """bool [documents, 4], columns as in `Choice`."""

@@ -46,6 +46,11 @@ def evaluations_per_interval(solver: str) -> int:
     return 2 if solver in TWO_STAGE else 1
 
 
+def usual(solver: str) -> str:
+    """The grid that suits a solver when none is asked for."""
+    return "uniform_u" if solver in ("ddim", "few_step", *TWO_STAGE) else "uniform_logsnr"
+
+
 def make_grid(kind: str, steps: int, sigma_max: float, sigma_min: float, shift: float = 1.0) -> np.ndarray:
     """Noise levels of `steps` intervals, from `shift * sigma_max` to 0.
 

@@ -33,7 +33,7 @@ from mmdiff.parallel.hlo import traffic
 from mmdiff.parallel.mesh import make_mesh
 from mmdiff.parallel.sharding import Placement
 from mmdiff.sampling.cache import Cache
-from mmdiff.sampling.image import Canvas, Guidance, draw
+from mmdiff.sampling.image import Canvas, Drawing, Guidance, draw
 from mmdiff.training import flops
 from mmdiff.training import state as train_state
 from mmdiff.training.optimizer import make_optimizer
@@ -266,7 +266,7 @@ def _sampling(cfg: config.Config, mesh: Mesh, vocabulary_size: int) -> dict[str,
         None,
     )
     levels = grids.make_grid(
-        sampling.grid,
+        grids.usual(sampling.solver) if sampling.grid in ("auto", "tuned") else sampling.grid,
         grids.intervals(sampling.solver, sampling.steps),
         sampling.sigma_max,
         sampling.sigma_min,
@@ -284,7 +284,8 @@ def _sampling(cfg: config.Config, mesh: Mesh, vocabulary_size: int) -> dict[str,
     one_layer = lambda leaf, names: (abstract(leaf.shape[1:], leaf.dtype, *names[1:]),) * cfg.model.depth
     if "blocks" in params:
         params |= {"blocks": jax.tree.map(one_layer, params["blocks"], network.axes()["blocks"])}
-    compile_ = lambda: draw.lower(network, cfg.diffusion, params, (cache, cache), canvas, table, keys, guide).compile()
+    drawing = Drawing(params, (cache, cache), canvas, keys, guide)
+    compile_ = lambda: draw.lower(network, cfg.diffusion, drawing, table).compile()
     return {
         "documents": documents,
         "patches": patches,

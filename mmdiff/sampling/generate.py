@@ -5,7 +5,7 @@ comes from a document's own key.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from mmdiff import config
 from mmdiff.data.vocabulary import Vocabulary
+from mmdiff.diffusion import grids
 from mmdiff.document import IMG, DataError, Document, Image
 from mmdiff.layout import ImagePiece, ImagePlan, Piece, laid_length, text_pieces
 from mmdiff.models.network import Network
@@ -35,22 +36,55 @@ class Model:
         vocabulary: Vocabulary,
         mesh: Mesh | None = None,
         between: Callable[[], None] = lambda: None,
+        tuned: Mapping[tuple[str, int], Sequence[float]] | None = None,
     ):
-        """`params` lie on `mesh`, if there is one; `between` is called between the programs that `generate` runs."""
-        self.cfg, self.vocabulary, self.between = cfg, vocabulary, between
+        """`params` lie on `mesh`, if there is one; `between` is called between the programs that `generate` runs.
+
+        `tuned`: noise levels found for this model, by solver and number of steps (mmdiff/sampling/tuning.py).
+        """
+        self.cfg, self.vocabulary, self.between, self.tuned = cfg, vocabulary, between, dict(tuned or {})
         self.network = Network.of(cfg, vocabulary.size, mesh)
         self.params = jax.jit(self.network.separate)(params)
         self.special = text.Special.of(vocabulary)
 
     def options(self, **changes) -> Options:
-        """Sampling options: the configuration's, with `changes`."""
+        """Sampling options: the configuration's, with `changes`; `grid` is the one that "auto" stands for.
+
+        Raises:
+          ConfigError: an unknown option, or one that this model cannot follow.
+        """
         defaults = self.cfg.sampling
         names = ("steps", "solver", "grid", "guidance", "guidance_interval", "max_tokens", "max_images")
         known = [f.name for f in dataclasses.fields(Options)]
         for name in changes:
             if name not in known:
                 raise config.ConfigError(f"unknown sampling option {name!r}{config.suggest(name, known)}")
-        return Options(**{name: getattr(defaults, name) for name in names} | changes)
+        options = Options(**{name: getattr(defaults, name) for name in names} | changes)
+        config.require(
+            options.solver != "few_step" or self.cfg.model.step_input,
+            "solver='few_step' needs a model trained for it: mmdiff train --init WORKDIR --few-step --workdir NEW.",
+        )
+        found = (options.solver, options.steps) in self.tuned
+        there = ", ".join(f"{solver} {steps}" for solver, steps in sorted(self.tuned)) or "none"
+        config.require(
+            options.grid != "tuned" or found,
+            f"no grid was tuned for {options.solver} with steps={options.steps} (there: {there}); make one with mmdiff "
+            f"tune-grid WORKDIR --solver {options.solver} --steps {options.steps}, or take another grid.",
+        )
+        if options.grid == "auto":
+            return dataclasses.replace(options, grid="tuned" if found else grids.usual(options.solver))
+        return options
+
+    def noise_levels(self, options: Options) -> np.ndarray:
+        """The levels sigma that a solver visits with these options, float64, the last one 0.
+
+        Raises:
+          ValueError: there are none.
+        """
+        if options.grid == "tuned":
+            return np.append(self.tuned[options.solver, options.steps], 0.0)
+        count, sampling = grids.intervals(options.solver, options.steps), self.cfg.sampling
+        return grids.make_grid(options.grid, count, sampling.sigma_max, sampling.sigma_min, self.cfg.diffusion.shift)
 
     def generate(self, documents: Sequence[Document], **options) -> list[Document]:
         """Continue each prompt until the model ends it or a budget is spent.
@@ -140,6 +174,7 @@ def load(workdir: str | Path, *, ema: bool = True) -> Model:
     Raises:
       ConfigError, DataError: not a workdir, or no valid checkpoint in it.
     """
+    from mmdiff.sampling.tuning import read_tuned
     from mmdiff.training.checkpoint import restore_params
 
     workdir = Path(workdir)
@@ -153,4 +188,4 @@ def load(workdir: str | Path, *, ema: bool = True) -> Model:
             f"{workdir / 'vocabulary.model'} ({vocabulary.fingerprint}) is not the vocabulary this checkpoint was "
             f"trained with ({meta['vocabulary']}); restore the original file."
         )
-    return Model(cfg, params, vocabulary)
+    return Model(cfg, params, vocabulary, tuned=read_tuned(workdir))

@@ -47,26 +47,29 @@ class Guidance(NamedTuple):
     highest: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("network", "diffusion"))
-def draw(
-    network: Network,
-    diffusion: config.Diffusion,
-    params: Any,
-    caches: tuple[Cache, ...],
-    canvas: Canvas,
-    table: Table,
-    keys: jax.Array,
-    guide: Guidance,
-) -> jax.Array:
-    """Sample images.
+class Drawing(NamedTuple):
+    """Documents about to draw an image, up to solver and grid.
 
-    Args:
-      caches: the documents' context; with guidance also that of their unconditional prompts, of equal capacity.
-      table: solver and grid (solvers.make_table).
-      keys: [b] PRNG keys; noise of patch i does not depend on the padding.
-    Returns:
-      uint8 [b, n, p].
+    caches: the documents' context; with guidance also that of their unconditional prompts, of equal capacity.
+    keys: [b] PRNG keys; noise of patch i does not depend on the padding.
     """
+
+    params: Any
+    caches: tuple[Cache, ...]
+    canvas: Canvas
+    keys: jax.Array
+    guide: Guidance
+
+
+@functools.partial(jax.jit, static_argnames=("network", "diffusion"))
+def draw(network: Network, diffusion: config.Diffusion, drawing: Drawing, table: Table) -> jax.Array:
+    """Sample images: uint8 [b, n, p]. `table`: solver and grid (solvers.make_table)."""
+    return to_pixels(denoised(network, diffusion, drawing, table))
+
+
+def denoised(network: Network, diffusion: config.Diffusion, drawing: Drawing, table: Table) -> jax.Array:
+    """The same before rounding: float32 [b, n, p]."""
+    params, caches, canvas, keys, guide = drawing
     model, known = network.bind(params), canvas.known
     joined = caches[0] if len(caches) == 1 else jax.tree.map(lambda *c: jnp.concatenate(c), *caches)
     one = functools.partial(_predict, model, diffusion, caches[0], canvas, canvas.position[:1])
@@ -92,8 +95,7 @@ def draw(
     point = table.level[0] * noise(jnp.asarray(0))
     if known is not None:
         point = point + jnp.where(known.repaint, 0.0, known.pixels)
-    x_hat = integrate(denoise, point, table, lambda step: noise(step + 1))
-    return to_pixels(x_hat)
+    return integrate(denoise, point, table, lambda step: noise(step + 1))
 
 
 def to_pixels(x: jax.Array) -> jax.Array:

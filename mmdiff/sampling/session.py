@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdiff import config
-from mmdiff.diffusion import grids, solvers
+from mmdiff.diffusion import solvers
 from mmdiff.document import IMG, DataError, Document, Image, Segment, Text
 from mmdiff.layout import (
     ImagePiece,
@@ -37,7 +37,7 @@ from mmdiff.layout import (
 from mmdiff.parallel.distributed import fetch
 from mmdiff.sampling import text
 from mmdiff.sampling.cache import CHUNK_BUCKET, SLOT_BUCKET, Cache, capacity, empty_cache, extend, grow, make_chunk, round_up
-from mmdiff.sampling.image import Canvas, Guidance, Known, draw
+from mmdiff.sampling.image import Canvas, Drawing, Guidance, Known, draw
 
 if TYPE_CHECKING:
     from mmdiff.sampling.generate import Model
@@ -229,10 +229,28 @@ class Session:
             self._open(draft, vocabulary.row_count(int(tokens[-2])), vocabulary.col_count(int(tokens[-1])))
             draft.read += 3
 
+    def first_drawing(self) -> Drawing:
+        """Read the prompts, which end with an IMG of given size, and stop where their images are due."""
+        for draft in self.drafts:
+            self._take(draft)
+        self._read()
+        return self._drawing(list(range(len(self.drafts))))
+
     def _draw(self, due: list[int]) -> None:
         """The image phase for the documents `due`."""
-        drafts, options, cfg = [self.drafts[i] for i in due], self.options, self.model.cfg
         padded = due + [due[0]] * (_bucket(len(due), len(self.drafts)) - len(due))
+        pixels = draw(self.model.network, self.model.cfg.diffusion, self._drawing(padded), self._table())
+        for i, patches in zip(due, fetch(pixels), strict=False):
+            draft = self.drafts[i]
+            piece = cast(ImagePiece, draft.pieces[-1])
+            draft.pieces[-1] = piece._replace(patches=patches[: piece.patch_count])
+            draft.segments.append(Image(unpatchify(patches[: piece.patch_count], piece.grid_rows, piece.grid_cols)))
+            draft.drawn += 1
+            self._take(draft)
+
+    def _drawing(self, padded: list[int]) -> Drawing:
+        """The images due in these documents."""
+        options, cfg = self.options, self.model.cfg
         drafts = [self.drafts[i] for i in padded]
         open_images = [cast(ImagePiece, d.pieces[-1]) for d in drafts]
         guided = options.guidance != 1.0 and cfg.layout.markers
@@ -254,22 +272,9 @@ class Session:
                 position[g, b, : piece.patch_count] = patch_positions(where[b], *grid, cfg.model.positions)[0]
         keys = fold(self.keys[take], np.asarray([2**30 + d.drawn for d in drafts]))
         lowest, highest = options.guidance_interval
-        pixels = draw(
-            self.model.network,
-            cfg.diffusion,
-            self.model.params,
-            tuple(caches),
-            Canvas(position, cell, count, self._known()),
-            self._table(),
-            keys,
-            Guidance(jnp.float32(options.guidance), jnp.float32(lowest), jnp.float32(highest)),
-        )
-        for i, piece, patches in zip(due, open_images, fetch(pixels), strict=False):
-            draft = self.drafts[i]
-            draft.pieces[-1] = piece._replace(patches=patches[: piece.patch_count])
-            draft.segments.append(Image(unpatchify(patches[: piece.patch_count], piece.grid_rows, piece.grid_cols)))
-            draft.drawn += 1
-            self._take(draft)
+        guide = Guidance(jnp.float32(options.guidance), jnp.float32(lowest), jnp.float32(highest))
+        canvas = Canvas(position, cell, count, self._known())
+        return Drawing(self.model.params, tuple(caches), canvas, keys, guide)
 
     def _unconditional(self, drafts: list[Draft]) -> tuple[Cache, list[float]]:
         """Contexts without text, built by the function that drops text in training."""
@@ -306,17 +311,9 @@ class Session:
         return Known(pixels, patchify(wide, patch)[None])
 
     def _table(self) -> solvers.Table:
-        options, sampling = self.options, self.model.cfg.sampling
-        config.require(
-            options.solver != "few_step" or self.model.cfg.model.step_input,
-            "solver='few_step' needs a model trained for it: mmdiff train --init WORKDIR --few-step --workdir NEW.",
-        )
+        options = self.options
         try:
-            intervals = grids.intervals(options.solver, options.steps)
-            grid = grids.make_grid(
-                options.grid, intervals, sampling.sigma_max, sampling.sigma_min, self.model.cfg.diffusion.shift
-            )
-            return solvers.make_table(options.solver, grid)
+            return solvers.make_table(options.solver, self.model.noise_levels(options))
         except ValueError as error:
             raise config.ConfigError(str(error)) from error
 

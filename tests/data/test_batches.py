@@ -161,6 +161,17 @@ def test_validation_drops_and_flips_nothing():
     assert as_bytes(first.batch(0)) != as_bytes(Batches(source, VOCABULARY, cfg).batch(0))
 
 
+def test_validation_is_the_same_for_every_seed():
+    """Else runs that differ in their seed alone are measured on different images."""
+    cfg = dataclasses.replace(configured(flip=True), layout=Layout(row_length=512))
+    source = open_source(cfg, "train")
+    seeded = lambda seed: dataclasses.replace(cfg, training=dataclasses.replace(cfg.training, seed=seed))
+    first, second = (as_bytes(Batches(source, VOCABULARY, seeded(seed), learn=False).batch(0)) for seed in (0, 1))
+    assert first == second
+    first, second = (as_bytes(Batches(source, VOCABULARY, seeded(seed)).batch(0)) for seed in (0, 1))
+    assert first != second
+
+
 def test_mistakes_name_the_file_and_line():
     good, odd = captioned(np.zeros((8, 8, 3), np.uint8)), captioned(np.zeros((12, 8, 3), np.uint8))
     with pytest.raises(ConfigError, match=r"^file:2: an image of 12x8 is not divisible by model\.patch=8"):
