@@ -57,14 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = Counter((d.image.height, d.image.width) for d in found).most_common(1)[0][0]
     prompts = [d.prompt for d in found if (d.image.height, d.image.width) == size]
     prompts *= -(-2 * arguments.count // len(prompts))  # the same prompt again is another drawing: its noise differs
-    targets = [
-        Target(model, prompts[part * arguments.count : (part + 1) * arguments.count], size, arguments.seed + part, guidance)
-        for part in (0, 1)
-    ]
+    parts = prompts[: arguments.count], prompts[arguments.count : 2 * arguments.count]
+    search, check = (Target(model, part, size, arguments.seed + n, guidance) for n, part in enumerate(parts))
     print(f"{arguments.solver}: error against 200 steps, relative to the spread of the pixels")
     for steps in map(int, wanted):
         begin = time.monotonic()
-        tuned = tune(*targets, arguments.solver, steps)
+        tuned = tune(search, check, arguments.solver, steps)
         write_tuned(workdir, arguments.solver, steps, tuned._asdict() | {"guidance": guidance, "count": arguments.count})
         levels = " ".join(f"{sigma:.3g}" for sigma in tuned.sigmas)
         print(
