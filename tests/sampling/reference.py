@@ -74,16 +74,16 @@ class Reference:
             jax.random.normal(fold(key, step), (pieces[-1].patch_count, 3 * self.cfg.model.patch**2))
         )
         base = point = table.level[0] * noise(0)
-        previous = before = np.zeros_like(base)
+        before = [np.zeros_like(base)] * solvers.HISTORY
         for step, sigma in enumerate(table.level):
             x_hat = self.x_hat(pieces, point, sigma)
             if options.guidance != 1 and options.guidance_interval[0] <= sigma <= options.guidance_interval[1]:
                 without = self.x_hat(drop_text(pieces), point, sigma)
                 x_hat = without + options.guidance * (x_hat - without)
-            base = sum(c * a for c, a in zip(table.correct[step], (base, point, x_hat, previous, before), strict=True))
-            point = sum(c * a for c, a in zip(table.predict[step], (base, x_hat, previous), strict=True))
+            base = sum(c * a for c, a in zip(table.correct[step], (base, point, x_hat, *before), strict=True))
+            point = sum(c * a for c, a in zip(table.predict[step], (base, x_hat, *before[:-1]), strict=True))
             point = point + table.noise_scale[step] * noise(step + 1)
-            previous, before = x_hat, previous
+            before = [x_hat, *before[:-1]]
         return x_hat
 
     def generate(self, document: Document, key, options, drawn: Iterator[Image]) -> Iterator[tuple]:
