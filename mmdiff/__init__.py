@@ -9,8 +9,8 @@ __version__ = "0.1.0"
 __all__ = ["IMG", "DataError", "Document", "Image", "Text", "load"]
 
 
-def load(workdir, *, ema: bool = True):
-    """The model of a run: newest valid checkpoint, EMA weights. See `mmdiff.sampling.generate.Model`."""
+def load(workdir, **options):
+    """The model of a run: newest valid checkpoint, EMA weights. See `mmdiff.sampling.generate.load` and its `Model`."""
     from mmdiff.sampling.generate import load as load_model
 
-    return load_model(workdir, ema=ema)
+    return load_model(workdir, **options)

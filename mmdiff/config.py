@@ -188,6 +188,8 @@ class Training:
     checkpoint_every: int = 1000
     keep: int = 2
     """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Also keep the checkpoints of whole multiples of this many steps, for autoguidance and comparisons; 0: none."""
     sample_every: int = 500
     validate_every: int = 500
     validation_rows: int = 64
@@ -199,7 +201,7 @@ class Training:
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep", "max_skips"):
             require(getattr(self, name) >= 1, f"training.{name}={getattr(self, name)} must be at least 1.")
-        for name in ("sample_every", "validate_every", "validation_rows"):
+        for name in ("keep_every", "sample_every", "validate_every", "validation_rows"):
             require(getattr(self, name) >= 0, f"training.{name}={getattr(self, name)} must not be negative (0: never).")
         require(
             self.batch_size % self.accumulate == 0,
@@ -235,6 +237,8 @@ class Sampling:
     guidance: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, float("inf"))
     """Sigmas between which guidance acts; outside it the conditional prediction is used alone."""
+    guidance_rescale: float = 0.0
+    """How much of the contrast that guidance adds to an image is taken back, from 0 to 1."""
     max_tokens: int = 64
     max_images: int = 4
     prompts: tuple[str, ...] = ()
@@ -247,6 +251,7 @@ class Sampling:
             f"sampling.sigma_min={self.sigma_min} must be positive and below sampling.sigma_max={self.sigma_max}.",
         )
         require(self.guidance >= 0, f"sampling.guidance={self.guidance} must not be negative.")
+        require(0 <= self.guidance_rescale <= 1, f"sampling.guidance_rescale={self.guidance_rescale} must be from 0 to 1.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

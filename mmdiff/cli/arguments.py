@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 from mmdiff import config
 
 USAGE = 2
+DRAWING = ("steps", "guidance", "guidance_rescale", "autoguidance", "solver", "grid")
+"""Sampling options that `add_drawing` adds."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,6 +39,9 @@ def add_drawing(parser: Parser) -> None:
     group = parser.add_argument_group("drawing (default: as the run was configured)")
     group.add_argument("--steps", type=int, metavar="N", help="network evaluations per image")
     group.add_argument("--guidance", type=float, metavar="SCALE", help="strength of text guidance, 1 is off")
+    group.add_argument("--guidance-rescale", type=float, metavar="R", help="take back the contrast that it adds, 0 to 1")
+    group.add_argument("--autoguidance", type=float, metavar="SCALE", help="guidance away from a weaker model, 1 is off")
+    group.add_argument("--weak", metavar="RUN[:STEP]", help="that model: another run, or an earlier checkpoint of one")
     group.add_argument("--solver", choices=_choices("solver"))
     group.add_argument("--grid", choices=_choices("grid"), help="noise levels that the solver visits")
 

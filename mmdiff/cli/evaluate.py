@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mmdiff import config
-from mmdiff.cli.arguments import Parser, add_drawing, given
+from mmdiff.cli.arguments import DRAWING, Parser, add_drawing, given
 
-DRAWING = ("steps", "guidance", "solver", "grid")
 EXAMPLES = """examples:
   mmdiff evaluate runs/quickstart
   mmdiff evaluate runs/quickstart --metrics image_accuracy --steps 4 --solver ddim
@@ -80,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise config.ConfigError(f"--count {arguments.count} must be at least 1.")
     except config.ConfigError as error:
         parser.error(str(error))
-    model = load(arguments.workdir)
+    model = load(arguments.workdir, arguments.weak)
     source = None
     if arguments.data is not None:  # the training images remain those of the run
         data = dataclasses.replace(model.cfg.data, path=arguments.data)
@@ -100,13 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def load(workdir: str):
-    """The model of a run; a run without a whole checkpoint is bad data."""
+def load(workdir: str, weak: str | None = None):
+    """The model of a run, with the weaker one of autoguidance; a run without a whole checkpoint is bad data."""
     import mmdiff
     from mmdiff.training.checkpoint import CheckpointError
 
     try:
-        return mmdiff.load(workdir)
+        return mmdiff.load(workdir, weak=weak)
     except CheckpointError as error:
         raise mmdiff.DataError(str(error)) from error
 

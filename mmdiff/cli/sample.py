@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from mmdiff import config
-from mmdiff.cli.arguments import Parser, add_drawing, given, image_size
+from mmdiff.cli.arguments import DRAWING, Parser, add_drawing, given, image_size
 from mmdiff.document import IMG, DataError, Document, Image, read_lines, resize
 
-OPTIONS = ("steps", "guidance", "solver", "grid", "temperature", "top_k", "top_p", "min_p", "max_tokens", "max_images")
+OPTIONS = (*DRAWING, "temperature", "top_k", "top_p", "min_p", "max_tokens", "max_images")
 CANNOT_WRITE = 74
 EXAMPLES = """examples:
   mmdiff sample runs/quickstart --prompt "a large red circle at the top left" --images 4
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = arguments.prompt[0] if arguments.prompt else Path(files[0]).stem if files else "images"
     out = Path(arguments.out) if arguments.out else free_folder(Path(arguments.workdir) / "samples", name)
     check_free(out, arguments.overwrite)
-    model = load(arguments.workdir)
+    model = load(arguments.workdir, arguments.weak)
     options = given(arguments, OPTIONS)
     if arguments.guidance_interval is not None:
         options["guidance_interval"] = tuple(arguments.guidance_interval)

@@ -274,7 +274,7 @@ def _sampling(cfg: config.Config, mesh: Mesh, vocabulary_size: int) -> dict[str,
     )
     table = jax.tree.map(lambda a: abstract(np.shape(a), np.asarray(a).dtype), solvers.make_table(sampling.solver, levels))
     keys = abstract((documents,), jax.eval_shape(lambda: jax.random.key(0)).dtype)
-    guide = Guidance(*[abstract((), jnp.float32)] * 3)
+    guide = Guidance(*[abstract((), jnp.float32)] * 4)
     params = jax.tree.map(
         lambda names, leaf: abstract(leaf.shape, leaf.dtype, *names),
         network.axes(),

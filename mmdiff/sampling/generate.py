@@ -37,15 +37,22 @@ class Model:
         mesh: Mesh | None = None,
         between: Callable[[], None] = lambda: None,
         tuned: Mapping[tuple[str, int], Sequence[float]] | None = None,
+        weak: "Model | None" = None,
     ):
         """`params` lie on `mesh`, if there is one; `between` is called between the programs that `generate` runs.
 
-        `tuned`: noise levels found for this model, by solver and number of steps (mmdiff/sampling/tuning.py).
+        `tuned`: noise levels found for this model, by solver and number of steps (mmdiff/sampling/tuning.py). `weak`: the
+        weaker model of autoguidance.
+
+        Raises:
+          ConfigError: the weaker model reads other documents.
         """
+        if weak is not None:
+            check_weaker(cfg, vocabulary, weak)
         self.cfg, self.vocabulary, self.between, self.tuned = cfg, vocabulary, between, dict(tuned or {})
         self.network = Network.of(cfg, vocabulary.size, mesh)
         self.params = jax.jit(self.network.separate)(params)
-        self.special = text.Special.of(vocabulary)
+        self.special, self.weak = text.Special.of(vocabulary), weak
 
     def options(self, **changes) -> Options:
         """Sampling options: the configuration's, with `changes`; `grid` is the one that "auto" stands for.
@@ -54,7 +61,7 @@ class Model:
           ConfigError: an unknown option, or one that this model cannot follow.
         """
         defaults = self.cfg.sampling
-        names = ("steps", "solver", "grid", "guidance", "guidance_interval", "max_tokens", "max_images")
+        names = ("steps", "solver", "grid", "guidance", "guidance_interval", "guidance_rescale", "max_tokens", "max_images")
         known = [f.name for f in dataclasses.fields(Options)]
         for name in changes:
             if name not in known:
@@ -63,6 +70,10 @@ class Model:
         config.require(
             options.solver != "few_step" or self.cfg.model.step_input,
             "solver='few_step' needs a model trained for it: mmdiff train --init WORKDIR --few-step --workdir NEW.",
+        )
+        config.require(
+            options.autoguidance == 1 or self.weak is not None,
+            f"autoguidance={options.autoguidance:g} needs a weaker model: --weak RUN or RUN:STEP, mmdiff.load(run, weak=...).",
         )
         found = (options.solver, options.steps) in self.tuned
         there = ", ".join(f"{solver} {steps}" for solver, steps in sorted(self.tuned)) or "none"
@@ -165,12 +176,29 @@ class Model:
         return finished
 
 
-def load(workdir: str | Path, *, ema: bool = True) -> Model:
+def check_weaker(cfg: config.Config, vocabulary: Vocabulary, weak: Model) -> None:
+    """Raises ConfigError for a model that cannot draw the same documents side by side with one of `cfg`."""
+
+    def must_agree(cfg: config.Config, vocabulary: Vocabulary) -> tuple:
+        model, diffusion = cfg.model, cfg.diffusion
+        layout = model.patch, model.positions, model.time == "token", cfg.layout.markers
+        return vocabulary.fingerprint, *layout, diffusion.schedule, diffusion.prediction
+
+    config.require(
+        must_agree(cfg, vocabulary) == must_agree(weak.cfg, weak.vocabulary),
+        "autoguidance: the weaker model must have the vocabulary, the patches, positions and layout, the schedule and the "
+        "prediction of this one; take an earlier checkpoint, or a smaller model of otherwise the same configuration.",
+    )
+
+
+def load(workdir: str | Path, *, ema: bool = True, step: int | None = None, weak: str | Path | None = None) -> Model:
     """The model of a run: its newest valid checkpoint.
 
     Args:
       workdir: folder of a training run.
       ema: the moving average of the parameters, not the last ones.
+      step: the checkpoint of this step instead (training.keep_every keeps some).
+      weak: the weaker model of autoguidance: another run, or an earlier checkpoint, as RUN:STEP.
     Raises:
       ConfigError, DataError: not a workdir, or no valid checkpoint in it.
     """
@@ -182,10 +210,14 @@ def load(workdir: str | Path, *, ema: bool = True) -> Model:
         raise DataError(f"{workdir} holds no run: config.json not found. Train one: mmdiff train ... --workdir {workdir}")
     cfg = config.Config.from_json((workdir / "config.json").read_text())
     vocabulary = Vocabulary.load(workdir / "vocabulary.model", cfg.layout.max_grid)
-    params, meta = restore_params(workdir / "checkpoints", ema=ema)
+    params, meta = restore_params(workdir / "checkpoints", ema=ema, step=step)
     if meta["vocabulary"] != vocabulary.fingerprint:
         raise DataError(
             f"{workdir / 'vocabulary.model'} ({vocabulary.fingerprint}) is not the vocabulary this checkpoint was "
             f"trained with ({meta['vocabulary']}); restore the original file."
         )
-    return Model(cfg, params, vocabulary, tuned=read_tuned(workdir))
+    weaker = None
+    if weak is not None:
+        run, _, number = str(weak).rpartition(":") if str(weak).rpartition(":")[2].isdecimal() else (str(weak), "", "")
+        weaker = load(run, ema=ema, step=int(number) if number else None)
+    return Model(cfg, params, vocabulary, tuned=read_tuned(workdir), weak=weaker)

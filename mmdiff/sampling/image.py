@@ -5,8 +5,9 @@ Each network evaluation runs only the n patches of the image against the cached 
     X = z / alpha = x + sigma eps        u = sigma / (1 + sigma)        x_hat = to_x(network(alpha X, u | cache))
 
 With guidance the batch holds each document twice, the second time with the cache of its unconditional prompt
-(layout.drop_text). Known pixels (inpainting) are clamped in x_hat; since X starts at known + sigma_max eps, this is the
-same as noising them anew at every step. Letters: b rows (documents), n patches, p patch values.
+(layout.drop_text); with autoguidance the weaker model draws beside this one, against a cache of its own. Known pixels
+(inpainting) are clamped in x_hat; since X starts at known + sigma_max eps, this is the same as noising them anew at every
+step. Letters: b rows (documents), n patches, p patch values.
 """
 
 import functools
@@ -42,9 +43,19 @@ class Known(NamedTuple):
 
 
 class Guidance(NamedTuple):
+    """See mmdiff/diffusion/guidance.py."""
+
     scale: jax.Array
     lowest: jax.Array  # noise levels between which it acts
     highest: jax.Array
+    rescale: jax.Array
+
+
+class Weak(NamedTuple):
+    """The weaker model of autoguidance, and its reading of the documents."""
+
+    params: Any
+    cache: Cache
 
 
 class Drawing(NamedTuple):
@@ -59,28 +70,40 @@ class Drawing(NamedTuple):
     canvas: Canvas
     keys: jax.Array
     guide: Guidance
+    weak: Weak | None = None
 
 
-@functools.partial(jax.jit, static_argnames=("network", "diffusion"))
-def draw(network: Network, diffusion: config.Diffusion, drawing: Drawing, table: Table) -> jax.Array:
-    """Sample images: uint8 [b, n, p]. `table`: solver and grid (solvers.make_table)."""
-    return to_pixels(denoised(network, diffusion, drawing, table))
+@functools.partial(jax.jit, static_argnames=("network", "diffusion", "weaker"))
+def draw(
+    network: Network, diffusion: config.Diffusion, drawing: Drawing, table: Table, weaker: Network | None = None
+) -> jax.Array:
+    """Sample images: uint8 [b, n, p]. `table`: solver and grid (solvers.make_table). `weaker`: of the parameters `weak`."""
+    return to_pixels(denoised(network, diffusion, drawing, table, weaker))
 
 
-def denoised(network: Network, diffusion: config.Diffusion, drawing: Drawing, table: Table) -> jax.Array:
+def denoised(
+    network: Network, diffusion: config.Diffusion, drawing: Drawing, table: Table, weaker: Network | None = None
+) -> jax.Array:
     """The same before rounding: float32 [b, n, p]."""
-    params, caches, canvas, keys, guide = drawing
+    params, caches, canvas, keys, guide, weak = drawing
     model, known = network.bind(params), canvas.known
     joined = caches[0] if len(caches) == 1 else jax.tree.map(lambda *c: jnp.concatenate(c), *caches)
     one = functools.partial(_predict, model, diffusion, caches[0], canvas, canvas.position[:1])
     both = functools.partial(_predict, model, diffusion, joined, canvas, canvas.position)
+    real = jnp.arange(canvas.position.shape[2]) < canvas.counts[:, None]
+    worse = None
+    if weaker is not None and weak is not None:
+        worse = functools.partial(_predict, weaker.bind(weak.params), diffusion, weak.cache, canvas, canvas.position[:1])
 
     def in_both(point: jax.Array, *at: jax.Array) -> jax.Array:
-        conditional, unconditional = jnp.split(both(jnp.concatenate([point, point]), *at), 2)
-        return guidance.guided(conditional, unconditional, guide.scale)
+        if worse is None:
+            good, bad = jnp.split(both(jnp.concatenate([point, point]), *at), 2)
+        else:
+            good, bad = one(point, *at), worse(point, *at)
+        return guidance.rescaled(guidance.guided(good, bad, guide.scale), good, guide.rescale, real)
 
     def denoise(point: jax.Array, sigma: jax.Array, *length: jax.Array) -> jax.Array:
-        if len(caches) == 1:
+        if len(caches) == 1 and worse is None:
             x_hat = one(point, sigma, *length)
         else:
             inside = guidance.inside(sigma, (guide.lowest, guide.highest))

@@ -37,7 +37,7 @@ from mmdiff.layout import (
 from mmdiff.parallel.distributed import fetch
 from mmdiff.sampling import text
 from mmdiff.sampling.cache import CHUNK_BUCKET, SLOT_BUCKET, Cache, capacity, empty_cache, extend, grow, make_chunk, round_up
-from mmdiff.sampling.image import Canvas, Drawing, Guidance, Known, draw
+from mmdiff.sampling.image import Canvas, Drawing, Guidance, Known, Weak, draw
 
 if TYPE_CHECKING:
     from mmdiff.sampling.generate import Model
@@ -47,11 +47,12 @@ if TYPE_CHECKING:
 class Options:
     """How to sample; the defaults are those of the model's configuration (see Model.options).
 
-    steps: network evaluations (NFE) per image. guidance: scale, 1 is off. guidance_interval: noise levels sigma between
-    which it acts. max_tokens: text tokens written per document, over all its texts. max_images: images the model may
-    start by itself (those that the prompt asks for come on top). image_size: (height, width) in pixels, None lets the
-    model choose. temperature 0 is greedy; top_k, top_p, min_p narrow the choice of tokens. seed: an int, or one per
-    document.
+    steps: network evaluations (NFE) per image. guidance: scale, 1 is off. autoguidance: the same away from the weaker
+    model that was loaded with this one. guidance_interval: noise levels sigma between which either acts.
+    guidance_rescale: how much of the contrast that it adds is taken back, 0 to 1. max_tokens: text tokens written per
+    document, over all its texts. max_images: images the model may start by itself (those that the prompt asks for come on
+    top). image_size: (height, width) in pixels, None lets the model choose. temperature 0 is greedy; top_k, top_p, min_p
+    narrow the choice of tokens. seed: an int, or one per document.
     """
 
     steps: int
@@ -59,6 +60,7 @@ class Options:
     grid: str
     guidance: float
     guidance_interval: tuple[float, float]
+    guidance_rescale: float
     max_tokens: int
     max_images: int
     image_size: tuple[int, int] | None = None
@@ -67,11 +69,18 @@ class Options:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int | Sequence[int] = 0
+    autoguidance: float = 1.0
 
     def __post_init__(self):
         check = config.require
         check(self.steps >= 1, f"steps={self.steps} must be at least 1.")
         check(self.guidance >= 0, f"guidance={self.guidance} must not be negative (1 is off).")
+        check(self.autoguidance >= 0, f"autoguidance={self.autoguidance} must not be negative (1 is off).")
+        check(
+            self.guidance == 1 or self.autoguidance == 1,
+            f"guidance={self.guidance} and autoguidance={self.autoguidance} exclude each other: set one of them to 1 (off).",
+        )
+        check(0 <= self.guidance_rescale <= 1, f"guidance_rescale={self.guidance_rescale} must be from 0 to 1.")
         check(self.max_tokens >= 0, f"max_tokens={self.max_tokens} must not be negative.")
         check(self.max_images >= 0, f"max_images={self.max_images} must not be negative.")
         check(self.temperature >= 0, f"temperature={self.temperature} must not be negative (0 is greedy).")
@@ -239,7 +248,9 @@ class Session:
     def _draw(self, due: list[int]) -> None:
         """The image phase for the documents `due`."""
         padded = due + [due[0]] * (_bucket(len(due), len(self.drafts)) - len(due))
-        pixels = draw(self.model.network, self.model.cfg.diffusion, self._drawing(padded), self._table())
+        model, drawing = self.model, self._drawing(padded)
+        weaker = model.weak.network if model.weak is not None and drawing.weak is not None else None
+        pixels = draw(model.network, model.cfg.diffusion, drawing, self._table(), weaker)
         for i, patches in zip(due, fetch(pixels), strict=False):
             draft = self.drafts[i]
             piece = cast(ImagePiece, draft.pieces[-1])
@@ -257,9 +268,9 @@ class Session:
         take = np.asarray(padded)
         caches, starts = [self._rows(self.cache, take)], [[d.place for d in drafts]]
         if guided:
-            unconditional, where = self._unconditional(drafts)
-            caches.append(unconditional)
-            starts.append(where)
+            streams = [self._stream(drop_text(d.pieces)) for d in drafts]  # as training drops it
+            caches.append(self._context(self.model, [rows for rows, _ in streams]))
+            starts.append([place for _, place in streams])
             slots = max(capacity(c) for c in caches)
             caches = [grow(c, slots) for c in caches]
         count = np.asarray([p.patch_count for p in open_images], np.int32)
@@ -272,18 +283,22 @@ class Session:
                 position[g, b, : piece.patch_count] = patch_positions(where[b], *grid, cfg.model.positions)[0]
         keys = fold(self.keys[take], np.asarray([2**30 + d.drawn for d in drafts]))
         lowest, highest = options.guidance_interval
-        guide = Guidance(jnp.float32(options.guidance), jnp.float32(lowest), jnp.float32(highest))
+        scale = options.guidance if options.autoguidance == 1 else options.autoguidance
+        guide = Guidance(*map(jnp.float32, (scale, lowest, highest, options.guidance_rescale)))
         canvas = Canvas(position, cell, count, self._known())
-        return Drawing(self.model.params, tuple(caches), canvas, keys, guide)
+        weaker = self.model.weak if options.autoguidance != 1 else None
+        weak = None
+        if weaker is not None:
+            weak = Weak(weaker.params, self._context(weaker, [self._stream(d.pieces)[0] for d in drafts]))
+        return Drawing(self.model.params, tuple(caches), canvas, keys, guide, weak)
 
-    def _unconditional(self, drafts: list[Draft]) -> tuple[Cache, list[float]]:
-        """Contexts without text, built by the function that drops text in training."""
-        streams = [self._stream(drop_text(d.pieces)) for d in drafts]
-        chunk = make_chunk([s for s, _ in streams], [0] * len(drafts), self._patch_values)
-        cache = empty_cache(
-            self.model.network, len(drafts), max(len(s.tokens) for s, _ in streams), self.model.network.compute_type
-        )
-        return extend(self.model.network, self.model.params, cache, chunk)[0], [place for _, place in streams]
+    def _context(self, model: "Model", streams: list[Rows]) -> Cache:
+        """What `model` keeps of these streams."""
+        network = model.network
+        cache = empty_cache(network, len(streams), max(len(s.tokens) for s in streams), network.compute_type)
+        if not model.cfg.layout.markers:  # images alone: they read nothing before them
+            return cache
+        return extend(network, model.params, cache, make_chunk(streams, [0] * len(streams), self._patch_values))[0]
 
     def _stream(self, pieces: list[Piece]) -> tuple[Rows, float]:
         """The context stream so far: finished images clean, an open one only announced."""

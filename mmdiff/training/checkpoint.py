@@ -47,14 +47,15 @@ class _Damaged(Exception):
 
 
 class Checkpoints:
-    """The checkpoints of one training run; at most `keep`, the newest. Saves are asynchronous and atomic.
+    """The checkpoints of one training run: the newest `keep`, and those of whole multiples of `keep_every` steps (0: none).
+    Saves are asynchronous and atomic.
 
     In a run of several processes every method is called by all of them.
     """
 
-    def __init__(self, folder: str | Path, *, keep: int = 2):
+    def __init__(self, folder: str | Path, *, keep: int = 2, keep_every: int = 0):
         self._folder = _absolute(folder)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def steps(self) -> list[int]:
@@ -135,13 +136,16 @@ class Checkpoints:
         self._manager.reload()
 
 
-def restore_params(folder: str | Path, *, ema: bool = True, strict: bool = False) -> tuple[dict, dict[str, Any]]:
-    """Parameters (or their moving average) and meta of the newest checkpoint that is whole; changes nothing on disk.
+def restore_params(
+    folder: str | Path, *, ema: bool = True, strict: bool = False, step: int | None = None
+) -> tuple[dict, dict[str, Any]]:
+    """Parameters (or their moving average) and meta of the newest checkpoint that is whole, or of the one of `step`;
+    changes nothing on disk.
 
     Returns:
       a nested dict of arrays on this process's first device, and the meta the checkpoint was saved with.
     Raises:
-      CheckpointError: no checkpoint there; every one is damaged; or `strict` and the newest is damaged.
+      CheckpointError: no checkpoint there; every one is damaged; `strict` and the newest is damaged; or `step` is not there.
     """
     place = _absolute(folder)
     manager = None
@@ -149,7 +153,9 @@ def restore_params(folder: str | Path, *, ema: bool = True, strict: bool = False
         manager = ocp.CheckpointManager(place, options=ocp.CheckpointManagerOptions(read_only=True, create=False))
     if manager is None or not manager.all_steps():
         raise CheckpointError(f"no checkpoint in {folder}; train first, or pass the folder of a run")
-    item = "ema" if ema else "params"
+    item, steps = "ema" if ema else "params", sorted(manager.all_steps())
+    if step is not None and step not in steps:
+        raise CheckpointError(f"no checkpoint of step {step} in {folder}; there are {', '.join(map(str, steps))}")
 
     def read(step):
         meta = _read_meta(manager, step)
@@ -157,7 +163,7 @@ def restore_params(folder: str | Path, *, ema: bool = True, strict: bool = False
         wanted = {path: jax.ShapeDtypeStruct(shape, dtype) for path, (dtype, shape, _) in leaves.items()}
         return _read_leaves(manager, step, leaves, wanted), meta
 
-    found = _newest_whole(read, sorted(manager.all_steps()), folder, strict)
+    found = _newest_whole(read, steps if step is None else [step], folder, strict)
     manager.close()
     (leaves, meta), _ = found
     return _items(leaves)[item], meta

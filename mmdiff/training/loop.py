@@ -74,7 +74,7 @@ def train(
             workdir.mkdir(parents=True, exist_ok=True)
             write_whole(workdir / "config.json", cfg.to_json().encode())
             write_whole(workdir / VOCABULARY_FILE, run.vocabulary.to_bytes())
-        checkpoints = Checkpoints(workdir / "checkpoints", keep=cfg.training.keep)
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=cfg.training.keep, keep_every=cfg.training.keep_every)
         like = run.abstract_state()
         found = checkpoints.latest_valid(like, strict=strict)
         if found is None:
