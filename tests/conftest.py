@@ -14,6 +14,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # runs started 
 # tests mostly wait for the compiler, which is three times faster when it need not optimise; the run's own flags win
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".strip()
 
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # commands keep their programs nowhere
+
 import jax  # reads the variables above
 import numpy as np
 import pytest

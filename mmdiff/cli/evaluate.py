@@ -10,6 +10,7 @@ from typing import Any
 
 from mmdiff import config
 from mmdiff.cli.arguments import DRAWING, Parser, add_drawing, given
+from mmdiff.cli.programs import keep_programs
 
 EXAMPLES = """examples:
   mmdiff evaluate runs/quickstart
@@ -17,6 +18,7 @@ EXAMPLES = """examples:
   mmdiff evaluate runs/faces --phrases "black hair|brown hair|blond hair;smiling" --count 500
   mmdiff evaluate runs/quickstart --json > metrics.json
   mmdiff evaluate runs/faces --features encoder --count 1000
+  mmdiff evaluate runs/quickstart --ladder --few runs/quickstart_few
   mmdiff evaluate runs/faces --metrics fid_inception --features inception --weights pt_inception-2015-12-05-6726825d.pth
 
 metrics:
@@ -61,8 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     group.add_argument("--weights", metavar="FILE", help="of --features inception; of encoder: another run's, to compare with")
     group.add_argument("--weights-sha256", metavar="HEX", help="take a file of Inception weights with this hash")
     group.add_argument("--split", choices=SPLITS, default="validation", help="whose images are real (default: validation)")
+    group = parser.add_argument_group("ladder")
+    group.add_argument("--ladder", action="store_true", help="quality against evaluations, by solver and grid; with a plot")
+    group.add_argument("--few", metavar="RUN", help="a few-step model, measured beside this one (1, 2, 4 and 8 evaluations)")
     add_drawing(parser)
     arguments = parser.parse(argv)
+    if arguments.ladder and (arguments.steps is not None or arguments.grid is not None or arguments.json):
+        parser.error("--ladder goes through steps and grids itself; leave out --steps, --grid and --json")
+    if arguments.few is not None and not arguments.ladder:
+        parser.error("--few is for --ladder")
     try:
         metrics = None if arguments.metrics is None else [n.strip() for n in arguments.metrics.split(",") if n.strip()]
         check_names(metrics or [])
@@ -79,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise config.ConfigError(f"--count {arguments.count} must be at least 1.")
     except config.ConfigError as error:
         parser.error(str(error))
+    keep_programs(arguments.workdir)
     model = load(arguments.workdir, arguments.weak)
     source = None
     if arguments.data is not None:  # the training images remain those of the run
@@ -90,12 +100,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     except config.ConfigError as error:
         parser.error(str(error))
     task = Task(model, arguments.count, arguments.seed, wanted, phrases, source, comparison)
+    if arguments.ladder:
+        return climb(task, metrics, arguments.solver, arguments.few)
     result = measure(task, metrics)
     if arguments.json:
         print(as_json(result, protocol(task)))
     else:
         print(lines(protocol(task)), file=sys.stderr)
         print(table(result))
+    return 0
+
+
+def climb(task, metrics: list[str] | None, solver: str | None, few: str | None) -> int:
+    """The ladder, a line for each rung as it is measured."""
+    from mmdiff.evaluation import ladder
+    from mmdiff.evaluation.evaluate import METRICS, chosen
+
+    other = None
+    if few is not None:
+        model = load(few)
+        model.options(solver="few_step")  # refuses what was not trained for it
+        other = dataclasses.replace(task, model=model, drawing={})
+    names = chosen(task, metrics or ladder.usual_metrics(task, lambda name: METRICS[name].applies(task)))
+    solvers = ladder.SOLVERS if solver is None else (solver,)
+    rungs = []
+    for rung in ladder.climb(task, other, names, solvers, ladder.NFE):
+        rungs.append(rung)
+        print(ladder.line(rung), flush=True)
+    workdir = task.comparison.cache.parent
+    usual = task.model.cfg.sampling.solver
+    shown = usual if usual in solvers else "unipc2" if "unipc2" in solvers else solvers[0]
+    written = ladder.write(rungs, task.comparison.cache, f"{workdir.name}: quality against evaluations", shown)
+    print(f"wrote {', '.join(map(str, written))}")
     return 0
 
 

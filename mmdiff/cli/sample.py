@@ -9,6 +9,7 @@ import numpy as np
 
 from mmdiff import config
 from mmdiff.cli.arguments import DRAWING, Parser, add_drawing, given, image_size
+from mmdiff.cli.programs import keep_programs
 from mmdiff.document import IMG, DataError, Document, Image, read_lines, resize
 
 OPTIONS = (*DRAWING, "temperature", "top_k", "top_p", "min_p", "max_tokens", "max_images")
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = arguments.prompt[0] if arguments.prompt else Path(files[0]).stem if files else "images"
     out = Path(arguments.out) if arguments.out else free_folder(Path(arguments.workdir) / "samples", name)
     check_free(out, arguments.overwrite)
+    keep_programs(arguments.workdir)
     model = load(arguments.workdir, arguments.weak)
     options = given(arguments, OPTIONS)
     if arguments.guidance_interval is not None:

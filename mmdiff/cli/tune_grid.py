@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mmdiff import config
 from mmdiff.cli.arguments import Parser
+from mmdiff.cli.programs import keep_programs
 from mmdiff.document import DataError
 
 EPILOG = """examples:
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from mmdiff.sampling.tuning import Target, tune, write_tuned
 
     workdir = Path(arguments.workdir)
+    keep_programs(workdir)
     model = load(arguments.workdir)
     guidance = model.cfg.sampling.guidance if arguments.guidance is None else arguments.guidance
     try:

@@ -114,7 +114,7 @@ def embedded(task: Task, name: str, least: int, metric: str) -> Embedded:
             f"{metric} needs at least {least} images, and there are {len(wanted)}: raise --count, or give more data."
         )
     extract = features(task, name)
-    real = lambda: extract(d.image.pixels for d in wanted)
+    real = lambda: task.once(f"real {name}", lambda: extract(d.image.pixels for d in wanted))
     return task.once(f"embedded {name}", lambda: Embedded(real(), extract(task.generated)))
 
 

@@ -90,7 +90,10 @@ class Task:
 
     def warn(self, line: str) -> None:
         """Say on stderr, and in the protocol, why a number may mislead."""
-        self.notes.setdefault("warnings", []).append(line)
+        known = self.notes.setdefault("warnings", [])
+        if line in known:
+            return
+        known.append(line)
         print(f"warning: {line}", file=sys.stderr)
 
     @functools.cached_property

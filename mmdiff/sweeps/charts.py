@@ -73,8 +73,9 @@ def linear_ticks(low: float, high: float) -> list[float]:
     return [n * step for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def line_chart(series: Sequence[Series], x_label: str, y_label: str, x_scale: float = 1.0) -> str:
-    """An `<svg>`; "" when there is nothing to draw. Values on the x axis are divided by `x_scale`."""
+def line_chart(series: Sequence[Series], x_label: str, y_label: str, x_scale: float = 1.0, log_x: bool = False) -> str:
+    """An `<svg>`; "" when there is nothing to draw. Values on the x axis are divided by `x_scale`; `log_x`: logarithmic,
+    whatever they span."""
     scaled = [
         dataclasses.replace(s, mean=_divided(s.mean, x_scale), seeds=[_divided(p, x_scale) for p in s.seeds])
         for s in series
@@ -85,7 +86,7 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str, x_scale: fl
         return ""
     labelled = len(scaled) <= LABELLED
     room = max(len(_short(s.name)) for s in scaled) * BOLD + 14 if labelled else RIGHT
-    x = Axis.of([p[0] for p in points], LOG_X, LEFT, WIDTH - room, zero=True)
+    x = Axis.of([p[0] for p in points], 1.0 if log_x else LOG_X, LEFT, WIDTH - room, zero=True)
     y = Axis.of([p[1] for p in points], LOG_Y, HEIGHT - BOTTOM, TOP, zero=False)
     parts = [*_axes(x, y, x_label, y_label)]
     for s in scaled:

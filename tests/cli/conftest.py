@@ -29,7 +29,7 @@ def random_model():
 @pytest.fixture
 def command(random_model, monkeypatch, capsys):
     """Runs `mmdiff ...` in this process on the random model: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(mmdiff, "load", lambda workdir: random_model)
+    monkeypatch.setattr(mmdiff, "load", lambda workdir, **_: random_model)
 
     def run(*arguments):
         code = main([str(argument) for argument in arguments])

@@ -1,10 +1,17 @@
 """`mmdiff evaluate`: a table, one JSON object, and one line for every mistake."""
 
+import dataclasses
 import json
 
+import jax
+import PIL.Image
 import pytest
 
+import mmdiff
 from mmdiff.cli.evaluate import as_json, table
+from mmdiff.evaluation import ladder
+from mmdiff.models.network import Network
+from mmdiff.sampling.generate import Model
 
 FAST = ("--metrics", "image_accuracy,x_error", "--count", "2", "--steps", "1")
 
@@ -55,6 +62,8 @@ MISTAKES = [
     (("--phrases", "a;;b"), 2, "empty group"),
     (("--count", "0"), 2, "--count 0"),
     (("--steps", "0"), 2, "steps=0"),
+    (("--ladder", "--steps", "4"), 2, "leave out --steps"),
+    (("--few", "runs/few"), 2, "--few is for --ladder"),
     (("--solver", "euler"), 2, "invalid choice: 'euler'"),
     (("--features", "inception"), 2, "--weights pt_inception"),
     (("--metrics", "fid_inception", "--weights", "w.pth"), 2, "--features inception --weights"),
@@ -86,3 +95,37 @@ def test_help_names_every_metric(command):
             "across",
         )
     )
+
+
+def test_a_ladder_goes_through_solvers_grids_and_evaluations(command, random_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(ladder, "NFE", (1, 2, 3))
+    monkeypatch.setattr(random_model, "tuned", {("heun", 3): [80.0, 1.0]})
+    asked = ("--ladder", "--count", "3", "--features", "patch_dct", "--solver", "heun")
+    code, said, _ = command("evaluate", tmp_path, *asked)
+    assert code == 0
+    told = [line.split()[:4] for line in said.splitlines()[:-1]]
+    expected = [("tuned", 3), *((grid, nfe) for grid in ("uniform_logsnr", "uniform_u") for nfe in (1, 3))]
+    assert told == [["heun", grid, str(nfe), "NFE"] for grid, nfe in expected]  # 2 would be 1 again
+    assert all("frechet_patch_dct" in line and "image_accuracy" in line for line in said.splitlines()[:-1])
+    rungs = json.loads((tmp_path / "evaluation" / "ladder.json").read_text())
+    assert len(rungs) == 5 and all(rung["seconds"] > 0 for rung in rungs)
+    one, other = (rung["numbers"]["frechet_patch_dct"] for rung in rungs[1:3])
+    assert one != other and rungs[1]["numbers"] == pytest.approx(rungs[3]["numbers"])  # one step from sigma_max is one step
+    page = (tmp_path / "evaluation" / "ladder.html").read_text()
+    assert page.count("<svg") == 3 and "uniform_u" in page and "image_exact" in page
+    sheet = PIL.Image.open(tmp_path / "evaluation" / "ladder.png")
+    assert sheet.width > 3 * 96 and sheet.height > 2 * 96  # a row for 1 evaluation, one for 3
+
+
+def test_a_ladder_takes_a_few_step_model_beside(command, random_model, tmp_path, monkeypatch):
+    code, _, complaint = command("evaluate", tmp_path, "--ladder", "--few", tmp_path)
+    assert code == 65 and "--few-step" in complaint
+    cfg = dataclasses.replace(random_model.cfg, model=dataclasses.replace(random_model.cfg.model, step_input=True))
+    params = Network(cfg.model, random_model.vocabulary.size).init(jax.random.key(0))
+    few = Model(cfg, params, random_model.vocabulary)
+    monkeypatch.setattr(mmdiff, "load", lambda workdir, **_: few if str(workdir) == "few" else random_model)
+    monkeypatch.setattr(ladder, "NFE", (1,))
+    asked = ("--ladder", "--count", "2", "--features", "patch_dct", "--metrics", "frechet_patch_dct", "--solver", "ddim")
+    code, said, _ = command("evaluate", tmp_path, *asked, "--few", "few")
+    assert code == 0
+    assert [line.split()[0] for line in said.splitlines()[:-1]] == ["ddim", "ddim", *["few_step"] * 4]

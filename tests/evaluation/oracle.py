@@ -14,7 +14,7 @@ class Oracle:
         self.vocabulary = Vocabulary.bytes()
         self.calls: list[dict] = []
 
-    options = Model.options
+    options, tuned, weak = Model.options, {}, None  # noqa: RUF012
 
     def generate(self, prompts, **options):
         self.calls.append(options)
