@@ -40,7 +40,7 @@ FEW_STEP = {
     "model.step_input": True,
     "few_step.objective": "meanflow",
     "sampling.solver": "few_step",
-    "sampling.grid": "uniform_u",
+    "sampling.grid": "auto",
     "sampling.steps": 4,
     "sampling.guidance": 1.0,
 }

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from mmdiff import config
 from mmdiff.layout import empty_row
 from mmdiff.models.network import Network
-from mmdiff.training.step import loss_sums
+from mmdiff.training.step import few_step_sums, loss_sums
 
 
 def training_flops(cfg: config.Config, vocabulary_size: int) -> float:
     """Floating-point operations of one training step: three times those counted in the traced forward pass.
 
-    Attention in its dense form and at full row length; what the backward pass computes again does not count.
+    Attention in its dense form and at full row length; what the backward pass computes again does not count. The further
+    evaluations of few-step training have no backward pass.
     """
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention="dense"))
     network = Network.of(cfg, vocabulary_size)
@@ -25,7 +26,10 @@ def training_flops(cfg: config.Config, vocabulary_size: int) -> float:
     row = empty_row(cfg.layout.row_length, network.patch_values)
     rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((cfg.training.batch_size, *a.shape), a.dtype), row)
     time, noise = (jax.ShapeDtypeStruct(getattr(rows, name).shape, jnp.float32) for name in ("tokens", "patches"))
-    return 3 * counted_flops(functools.partial(loss_sums, network, cfg.diffusion), params, rows, time, noise)
+    forward = counted_flops(functools.partial(loss_sums, network, cfg.diffusion), params, rows, time, noise)
+    if cfg.few_step.objective == "none":
+        return 3 * forward
+    return 2 * forward + counted_flops(functools.partial(few_step_sums, network, cfg), params, rows, time, time, noise)
 
 
 def flops_by_hand(cfg: config.Config, vocabulary_size: int) -> float:

@@ -5,6 +5,8 @@
     image loss = mean over images of the mean over patches, copies, pixels and channels of the error in loss space
     loss       = text + image_scale * image
 
+Few-step training (few_step.objective) changes the image loss alone: mmdiff/diffusion/few_step.py.
+
 A batch without text or without images contributes zero to that term. Everything is a pure function of (params, rows,
 key): noise is drawn with global shapes from `fold_in(key, step)` and a named purpose, so results do not depend on the
 number of devices. Letters: b rows, t positions, p patch values, v vocabulary.

@@ -14,7 +14,7 @@ class Oracle:
         self.vocabulary = Vocabulary.bytes()
         self.calls: list[dict] = []
 
-    options, tuned, weak = Model.options, {}, None  # noqa: RUF012
+    options, tuned, weak = Model.options, {}, None
 
     def generate(self, prompts, **options):
         self.calls.append(options)

@@ -97,6 +97,16 @@ def test_round_trip_is_exact_and_keeps_the_newest(folder):
         assert_same(got, make_state(2))
 
 
+def test_some_steps_are_kept_for_good(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1, keep_every=2)
+    for step in range(1, 6):
+        checkpoints.save(step, make_state(step), META)
+    checkpoints.close()
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [2, 4, 5]
+    params, _ = restore_params(tmp_path / "checkpoints", step=2)
+    jax.tree.map(np.testing.assert_array_equal, params, make_state(2).ema)
+
+
 def test_nothing_there_is_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert open_and_read("relative/checkpoints", make_state(0)) is None  # orbax alone refuses relative paths

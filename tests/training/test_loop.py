@@ -11,16 +11,20 @@ import pytest
 
 import mmdiff
 from mmdiff import config
+from mmdiff.cli.main import main
 from mmdiff.config import Config, ConfigError
+from mmdiff.config_files import replaced
 from mmdiff.document import DataError
 from mmdiff.layout import empty_row
 from mmdiff.models.network import Network
+from mmdiff.parallel.mesh import make_mesh
 from mmdiff.training import guard, step
 from mmdiff.training import state as train_state
 from mmdiff.training.flops import training_flops
 from mmdiff.training.loop import train
 from mmdiff.training.metrics import read_metrics
 from mmdiff.training.optimizer import make_optimizer
+from mmdiff.training.run import build
 from mmdiff.training.step import make_train_step
 from mmdiff.training.workdir import check_same, check_workdir
 
@@ -76,6 +80,47 @@ def test_the_run_loads_as_a_model(finished):
     last = mmdiff.load(finished[0], ema=False)
     assert model.cfg == tiny_config()
     assert any(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (model.params, last.params)), strict=True))
+
+
+def test_an_earlier_checkpoint_loads_and_guides(finished):
+    workdir, _ = finished
+    newest, earlier = mmdiff.load(workdir, weak=f"{workdir}:2"), mmdiff.load(workdir, step=2)
+    kernels = [model.params["image"]["patch_in"]["kernel"] for model in (newest, newest.weak, earlier)]
+    assert np.array_equal(kernels[1], kernels[2]) and not np.array_equal(kernels[0], kernels[1])
+    with pytest.raises(mmdiff.DataError, match=r"no checkpoint of step 3 in .*; there are 2, 4"):
+        mmdiff.load(workdir, step=3)
+
+
+def test_a_run_begins_with_the_parameters_of_another(finished, tmp_path):
+    """Averaged parameters, and everything else as in a new run; with its vocabulary."""
+    cfg = replaced(tiny_config(seed=5), {"training.init": str(finished[0])})
+    run = build(cfg, tmp_path / "run", make_mesh(cfg.mesh, cfg.training))
+    state, ema = run.first_state(), mmdiff.load(finished[0]).network.restack(mmdiff.load(finished[0]).params)
+    for tree in (state.params, state.ema):
+        jax.tree.map(np.testing.assert_array_equal, tree, ema)
+    assert int(state.step) == 0 and jax.random.key_data(state.key)[1] == 5
+    assert run.vocabulary.fingerprint == mmdiff.load(finished[0]).vocabulary.fingerprint
+    with pytest.raises(mmdiff.DataError, match="no checkpoint in"):
+        dataclasses.replace(run, cfg=replaced(cfg, {"training.init": str(tmp_path)})).first_state()
+
+
+def test_few_step_training_from_the_command_line(finished, tmp_path, capsys):
+    """--init alone takes the other run's configuration; what is learnt draws in few evaluations, resumes and loads."""
+    workdir = tmp_path / "few"
+    command = ["train", "--init", str(finished[0]), "--few-step", "--workdir", str(workdir), "--training.steps", "3"]
+    assert main([*command, "--training.sample_every", "3"]) == 0
+    cfg = Config.from_json((workdir / "config.json").read_text())
+    assert (cfg.name, cfg.few_step.objective, cfg.sampling.solver, cfg.training.steps) == ("tiny", "meanflow", "few_step", 3)
+    assert (workdir / "samples" / "0000003.png").is_file()
+    model = mmdiff.load(workdir)
+    assert model.options().solver == "few_step" and model.options(solver="unipc2").grid == "uniform_logsnr"
+    assert np.any(np.asarray(model.params["image"]["step_in"]["kernel"]) != 0)
+    assert model.generate([mmdiff.Document("a", mmdiff.IMG)], steps=1)[0].images
+    assert main([*command, "--training.sample_every", "3"]) == 0 and "resuming" in capsys.readouterr().err
+    assert main(["train", "--init", str(tmp_path / "nowhere"), "--workdir", str(tmp_path / "x")]) == 65
+    assert "holds no run" in capsys.readouterr().err
+    ratio = training_flops(cfg, 269) / training_flops(tiny_config(), 269)
+    assert 1.6 < ratio < 1.75  # an evaluation more, and a derivative for the price of one
 
 
 def test_a_finished_run_does_nothing_more(finished, capsys):
