@@ -64,7 +64,15 @@ def _images_alone(model, source, count: int) -> PIL.Image.Image:
 
 
 def document_sheet(documents: Sequence[Document], path: str | Path) -> np.ndarray:
-    """Documents one below the other, their texts and images from left to right; save and return it, uint8 [h, w, 3]."""
+    """Documents one below the other, their texts and images from left to right; save and return it, uint8 [h, w, 3].
+
+    Documents of one image each stand in rows.
+    """
+    if all(len(d.segments) == 1 and isinstance(d.segments[0], Image) for d in documents):
+        width = max(4, round(len(documents) ** 0.5))
+        documents = [
+            Document(*(d.segments[0] for d in documents[start : start + width])) for start in range(0, len(documents), width)
+        ]
     return _save(stacked([strip(document) for document in documents]), path)
 
 

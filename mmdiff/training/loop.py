@@ -222,7 +222,8 @@ class _Loop:
         self.metrics.write(step, host | {"seconds": time.monotonic() - self.begin})
         self.goodput.write()
         if distributed.is_first():
-            self.progress.report(step, {k: host[k] for k in ("loss", "text_loss", "image_loss")}, host["data_wait"])
+            names = ("loss", "text_loss", "image_loss") if self.run.network.vocabulary_size else ("loss",)
+            self.progress.report(step, {name: host[name] for name in names}, host["data_wait"])
 
     def _progress(self, start: int) -> Progress:
         run, settings = self.run, self.settings

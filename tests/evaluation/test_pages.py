@@ -86,6 +86,13 @@ def test_sheets_show_documents_and_samples(tmp_path):
     assert sample_sheet(oracle, empty, tmp_path / "sheet.png").size
 
 
+def test_single_images_stand_in_rows(tmp_path):
+    drawn = [Document(Image(np.full((32, 32, 3), 10 * i, np.uint8))) for i in range(18)]
+    sheet = document_sheet(drawn, tmp_path / "sheet.png")
+    assert 4 * CELL < sheet.shape[1] < 6 * CELL and 5 * CELL < sheet.shape[0] < 6.5 * CELL  # 4 beside one another, 5 rows
+    assert {10 * i for i in range(18)} <= set(np.unique(sheet).tolist())
+
+
 @pytest.mark.parametrize("size", [(32, 32), (8, 200), (900, 300)])
 def test_images_are_shown_whole_at_a_readable_size(size):
     image = scaled(np.zeros((*size, 3), np.uint8))
