@@ -1,6 +1,6 @@
 """A sweep that is killed and started again ends with the figures of one that never was. Real runs, killed by SIGKILL.
 
-MMDIFF_TEST_KILLS=N tries N random moments instead of one.
+MMDIFF_TEST_KILLS=N kills the sweep N times, not once, at random moments one after another.
 """
 
 import json
@@ -79,20 +79,20 @@ def test_a_whole_sweep_has_what_a_report_needs(whole):
     assert plan["command"].startswith("mmdiff sweep ") and plan["environment"]["jax"] and plan["code"][0]["fingerprint"]
 
 
-@pytest.mark.parametrize("attempt", range(KILLS))
-def test_killed_at_any_moment_and_started_again_it_is_the_same_sweep(whole, sweep, tmp_path, attempt):
+def test_killed_at_any_moment_and_started_again_it_is_the_same_sweep(whole, sweep, tmp_path):
     workdir = tmp_path / "sweep"
     workdir.mkdir()
     shutil.copy(whole / "sweep.json", workdir)  # measured already, and never again
-    after = random.SystemRandom().randint(1, 2 * STEPS - 3)  # truly random: every run of the tests tries another moment
-    process = sweep(workdir, start=True, group=True)
-    limit = time.monotonic() + 200
-    while last_steps(workdir) < after and process.poll() is None and time.monotonic() < limit:
-        time.sleep(0.001)
-    assert process.poll() is None, f"not killed after {after} validations: {process.communicate()}"
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert "-" in quality(workdir).splitlines()[-1], f"nothing was left to do after {after} validations"
+    after = sorted(random.SystemRandom().sample(range(1, 2 * STEPS - 2), KILLS))  # truly random: always other moments
+    for moment in after:
+        process = sweep(workdir, start=True, group=True)
+        limit = time.monotonic() + 200
+        while last_steps(workdir) < moment and process.poll() is None and time.monotonic() < limit:
+            time.sleep(0.001)
+        assert process.poll() is None, f"not killed after {moment} validations: {process.communicate()}"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert "-" in quality(workdir).splitlines()[-1], f"nothing was left to do after {moment} validations"
     done = sweep(workdir)
     assert done.returncode == 0, f"killed after {after} validations: {done.stderr}{done.stdout}"
     assert "measur" not in done.stdout
