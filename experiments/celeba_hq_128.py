@@ -27,7 +27,9 @@ def seed() -> Config:
     """Su Jianlin's configuration as his code has it: 256 positions of 192 values."""
     return Config(
         name="seed_128",
-        model=Model(width=768, depth=24, patch=8, bias=True, rope_base=1000.0, places="none", time_embedding="table"),
+        model=Model(
+            width=768, depth=24, patch=8, bias=True, rope_base=1000.0, places="none", time_embedding="table", zero_head=False
+        ),
         layout=Layout(markers=False, row_length=256),
         diffusion=Diffusion(schedule="ddpm", prediction="eps", loss="eps", time_sampling="uniform", reduction="sum"),
         data=Data(source="tfds", path="celeb_a_hq/256", caption_key="", image_size=(128, 128), vocabulary="bytes"),

@@ -47,6 +47,7 @@ def seed(patch: int = 4) -> Config:
             rope_base=1000.0,
             places="none",
             time_embedding="table",
+            zero_head=False,
         ),
         layout=Layout(markers=False, row_length=(64 // patch) ** 2),
         diffusion=Diffusion(schedule="ddpm", prediction="eps", loss="eps", time_sampling="uniform", reduction="sum"),

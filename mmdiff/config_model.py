@@ -58,6 +58,9 @@ class Model:
     """Pixels by which the window that a patch reads and predicts reaches over each of its edges."""
     patch_head: Literal["linear", "conv"] = "linear"
     """`conv` adds two 3x3 convolutions over the whole image, across the edges of its patches."""
+    zero_head: bool = True
+    """The patch head starts at zero, which x-prediction under the v-loss depends on; LAMB, whose steps are proportional to
+    a weight, would hardly ever move it from there."""
     tie_embeddings: bool = False
     lossless: bool = True
     """Demand a width that can hold a patch exactly: at least 3 * patch^2."""

@@ -234,6 +234,16 @@ def test_the_trust_ratio_of_one_published_weight_is_one_number(small):
     assert np.abs(ratio("gates")[:, 0] - ratio("out")[:, 0]).min() > 1e-2
 
 
+def test_nothing_that_lamb_rescales_starts_at_zero_but_shifts(small):
+    """A weight at zero would grow by a thousandth of itself per step: the published head is an ordinary matrix."""
+    cfg, network, _ = small
+    start = train_state.named_leaves(network.init(jax.random.key(0)))
+    zero = {path.split("/")[-1] for path, leaf in start.items() if not np.any(leaf)}
+    assert zero == {"bias", "shift_qk"}
+    ours = Network.of(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, zero_head=True)), 269)
+    assert not np.any(ours.init(jax.random.key(0))["image"]["patch_out"]["kernel"])
+
+
 def test_an_average_that_starts_at_zero_is_corrected():
     values = np.random.default_rng(0).standard_normal(6)
     ema, raw = {"w": jnp.float32(99.0)}, 0.0

@@ -15,6 +15,7 @@ SEED = {
     "model.places": "none",
     "model.rope_base": 1000.0,
     "model.time_embedding": "table",
+    "model.zero_head": False,
     "diffusion.schedule": "ddpm",
     "diffusion.prediction": "eps",
     "diffusion.loss": "eps",

@@ -6,7 +6,7 @@ mmdiff/sampling/image.py). Other paths add files beside this one.
 
     embed:  e = z W_patch + features(u) W_time + features(place) W_place       float32; clean patches have u = 0
             + (features(h) - features(0)) W_step                               few-step networks; zero at the start
-    head:   RMSNorm + linear, zero at the start                                + conv(conv(features of the image))
+    head:   RMSNorm + linear, zero at the start unless model.zero_head=False   + conv(conv(features of the image))
 
 `place` says where in its image a patch stands. RoPE alone says only how far apart patches are, and a network then spends
 many steps on finding out which of them is the top left one (JiT, arXiv 2511.13720, adds fixed positions too). With
@@ -152,7 +152,7 @@ class RawPatches(nnx.Module):
         if self.stepped:
             self.step_in = into(1 + 2 * TIME_FREQUENCIES, gain=0.0)
         self.norm = RMSNorm(cfg.width)
-        self.patch_out = Linear(cfg.width, window, rngs, axes=("width", None), gain=0.0, place=place)
+        self.patch_out = Linear(cfg.width, window, rngs, axes=("width", None), gain=1.0 - cfg.zero_head, place=place)
         if self.conv:
             self.conv_out = ConvHead(cfg, rngs, place)
 
