@@ -9,7 +9,7 @@ import pytest
 from mmdiff import config_files
 from mmdiff.cli import main as command
 from mmdiff.cli.train import override, take_option, unknown_field
-from mmdiff.config import Config, ConfigError, Data, Diffusion, Layout, Mesh, Model, Optimizer, Sampling, Training
+from mmdiff.config import Config, ConfigError, Data, Diffusion, FewStep, Layout, Mesh, Model, Optimizer, Sampling, Training
 
 EVERYTHING = Config(
     name="all",
@@ -65,6 +65,7 @@ def test_whole_numbers_pass_for_floats():
 
 INVALID = [
     (lambda: Model(width=0), "model.width", "0"),
+    (lambda: FewStep(share=0.0), "few_step.share", "0.0"),
     (lambda: Model(depth=-1), "model.depth", "-1"),
     (lambda: Model(width=40, patch=4), "model.width", "40"),
     (lambda: Model(key_width=6), "model.key_width", "6"),

@@ -99,6 +99,8 @@ OTHER = {  # a value that is not the default, for every field that a rival might
     "tie_embeddings": True,
     "time": "adaln",
     "time_embedding": "table",
+    "zero_head": False,
+    "step_input": True,
 }
 REFUSED = [
     ("dit", {"rope": "none"}, r"model\.rope='none' has no meaning with model\.network='dit'; leave it at .*'axial'"),

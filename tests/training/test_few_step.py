@@ -62,7 +62,7 @@ def test_text_does_not_read_the_steps(stepped):
     assert float(h.max()) > 0.05
     ordinary = lambda p: loss_sums(tiny.network, tiny.cfg.diffusion, p, rows, u, eps).text
     one, grads = jax.value_and_grad(ordinary)(tiny.params)
-    for objective in OBJECTIVES:
+    for objective in OBJECTIVES if tiny.cfg.model.block == "gau" else OBJECTIVES[:1]:
         sums = functools.partial(few_step_sums, tiny.network, with_objective(tiny, objective))
         other, others = jax.value_and_grad(lambda p, sums=sums: sums(p, rows, u, h, eps).text)(tiny.params)
         np.testing.assert_allclose(one, other, rtol=1e-6)
@@ -128,8 +128,9 @@ def test_block_mean(stepped):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_step_learns_and_pieces_of_a_batch_add_up(stepped, objective):
-    tiny, rows = stepped, batch_of(stepped)
+def test_a_step_learns_and_pieces_of_a_batch_add_up(new_tiny, objective):
+    tiny = new_tiny(step_input=True)
+    rows = batch_of(tiny)
     states = []
     for pieces in (1, 2):
         cfg = with_objective(tiny, objective, batch_size=2, accumulate=pieces)
