@@ -44,7 +44,7 @@ class Rung:
 
     @property
     def series(self) -> str:
-        return f"{self.solver} {self.grid}"
+        return self.solver if self.solver == "few_step" else f"{self.solver} {self.grid.removeprefix('uniform_')}"
 
 
 def usual_metrics(task: Task, known: Callable[[str], bool]) -> list[str]:
@@ -158,6 +158,6 @@ def render(rungs: Sequence[Rung], title: str) -> str:
         f'<!doctype html><html lang="en"><head>{meta}<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>'
         f"<h1>{html.escape(title)}</h1>"
         '<p class="faint">Quality against network evaluations per image. The same prompts and noise on every rung.</p>'
-        f'<div class="charts">{"".join(figures)}</div>'
+        f'<div class="charts" style="max-width:{36 * len(figures)}rem">{"".join(figures)}</div>'
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></body></html>\n'
     )
