@@ -46,6 +46,11 @@ def add_drawing(parser: Parser) -> None:
     group.add_argument("--grid", choices=_choices("grid"), help="noise levels that the solver visits")
 
 
+def weak_in_vain(arguments: argparse.Namespace) -> bool:
+    """Whether a weaker model was named that nothing would use."""
+    return arguments.weak is not None and arguments.autoguidance in (None, 1.0)
+
+
 def given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     """The named options that were given."""
     return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}

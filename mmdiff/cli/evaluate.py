@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdiff import config
-from mmdiff.cli.arguments import DRAWING, Parser, add_drawing, given
+from mmdiff.cli.arguments import DRAWING, Parser, add_drawing, given, weak_in_vain
 from mmdiff.cli.programs import keep_programs
 
 EXAMPLES = """examples:
@@ -70,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse(argv)
     if arguments.ladder and (arguments.steps is not None or arguments.grid is not None or arguments.json):
         parser.error("--ladder goes through steps and grids itself; leave out --steps, --grid and --json")
+    if weak_in_vain(arguments):
+        parser.error("--weak is for --autoguidance; give its SCALE, as --autoguidance 2")
     if arguments.few is not None and not arguments.ladder:
         parser.error("--few is for --ladder")
     try:

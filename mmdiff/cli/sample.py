@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mmdiff import config
-from mmdiff.cli.arguments import DRAWING, Parser, add_drawing, given, image_size
+from mmdiff.cli.arguments import DRAWING, Parser, add_drawing, given, image_size, weak_in_vain
 from mmdiff.cli.programs import keep_programs
 from mmdiff.document import IMG, DataError, Document, Image, read_lines, resize
 
@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse(argv)
     problem = _problem(arguments)
+    if weak_in_vain(arguments):
+        problem = "--weak is for --autoguidance; give its SCALE, as --autoguidance 2"
     if problem:
         parser.error(problem)
     from mmdiff.cli.evaluate import load

@@ -63,6 +63,7 @@ MISTAKES = [
     (("--count", "0"), 2, "--count 0"),
     (("--steps", "0"), 2, "steps=0"),
     (("--ladder", "--steps", "4"), 2, "leave out --steps"),
+    (("--weak", "runs/other"), 2, "--weak is for --autoguidance"),
     (("--few", "runs/few"), 2, "--few is for --ladder"),
     (("--solver", "euler"), 2, "invalid choice: 'euler'"),
     (("--features", "inception"), 2, "--weights pt_inception"),
