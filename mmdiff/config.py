@@ -92,9 +92,14 @@ class FewStep:
     objective: Literal["none", "meanflow", "difference", "shortcut"] = "none"
     share: float = 0.5
     """Of the noised images, how many learn a step; the others go on learning to denoise."""
+    guidance: float = 1.0
+    """Strength of the text guidance that the steps learn, so that drawing needs no second evaluation; 1: none."""
+    guidance_interval: tuple[float, float] = (0.0, float("inf"))
+    """Sigmas between which that guidance acts."""
 
     def __post_init__(self):
         require(0 < self.share <= 1, f"few_step.share={self.share} must be above 0 and at most 1.")
+        require(self.guidance >= 0, f"few_step.guidance={self.guidance} must not be negative.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -338,6 +343,11 @@ class Config:
             or (model.attention == "auto" and self.layout.row_length**2 <= DENSE_LIMIT),
             f"{name} differentiates forwards, which only dense attention can: with model.attention={model.attention!r} and "
             f"layout.row_length={self.layout.row_length} set model.attention='dense', or few_step.objective='difference'.",
+        )
+
+        require(
+            self.few_step.guidance == 1 or self.layout.markers,
+            f"few_step.guidance={self.few_step.guidance} guides by text, and layout.markers=False has none.",
         )
 
     def _check_rival(self) -> None:

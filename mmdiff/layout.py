@@ -310,6 +310,33 @@ def lay_out(
     return row, place
 
 
+def without_words(rows: Rows, first_word: int) -> tuple[Rows, jax.Array]:
+    """What `drop_text` would have made of every document of a batch, as far as noised blocks can read it.
+
+    The rest moves up, and rows are padded at their end.
+    Args:
+      first_word: the smallest token id that is text (vocabulary.text_range).
+    Returns:
+      The batch, and where each of its positions stood before, int32 [b, t].
+    """
+    length = rows.tokens.shape[-1]
+    word = rows.tokens >= first_word
+    before = jnp.pad(jnp.cumsum(word, axis=-1), ((0, 0), (1, 0)))  # words before a position, int [b, t + 1]
+    words_before = lambda index: jnp.take_along_axis(before, index, axis=-1)
+    here = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), word.shape)
+    moved = {name: index - words_before(index) for name in IntervalMask._fields for index in (getattr(rows, name),)}
+    # what a position reads of the stream ends with itself, or with the size tokens of its image
+    gone = words_before(rows.context_end) - words_before(rows.context_start)
+    rows = dataclasses.replace(rows, position=rows.position - gone[..., None], **moved)
+    order = jnp.argsort(word, axis=-1, stable=True)
+    rows = jax.tree.map(lambda a: jnp.take_along_axis(a, order.reshape(*order.shape, *[1] * (a.ndim - 2)), axis=1), rows)
+    padding = here >= length - before[:, -1:]
+    alone = {"context_start": here, "context_end": here + 1, "block_start": here, "block_end": here}
+    masked = {name: jnp.where(padding, index, getattr(rows, name)) for name, index in alone.items()}
+    masked |= {name: getattr(rows, name) & ~padding for name in ("is_patch", "noised")}
+    return dataclasses.replace(rows, **masked), order
+
+
 def empty_row(length: int, patch_values: int) -> Rows:
     """A row of padding: every position reads itself only and carries no loss."""
     zeros = lambda dtype, *more: np.zeros((length, *more), dtype)

@@ -66,6 +66,7 @@ def test_whole_numbers_pass_for_floats():
 INVALID = [
     (lambda: Model(width=0), "model.width", "0"),
     (lambda: FewStep(share=0.0), "few_step.share", "0.0"),
+    (lambda: FewStep(guidance=-1.0), "few_step.guidance", "-1.0"),
     (lambda: Model(depth=-1), "model.depth", "-1"),
     (lambda: Model(width=40, patch=4), "model.width", "40"),
     (lambda: Model(key_width=6), "model.key_width", "6"),

@@ -31,6 +31,11 @@ _BYTES_FILE = b'{"kind": "bytes"}\n'
 _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 
 
+def text_start(max_grid: int) -> int:
+    """The smallest id of a text piece."""
+    return len(NAMES) + 2 * max_grid
+
+
 class Vocabulary:
     """Text to token ids and back. Made by `Vocabulary.bytes`, `.train`, `.load` or `.from_bytes`."""
 
@@ -70,7 +75,7 @@ class Vocabulary:
     @property
     def text_range(self) -> tuple[int, int]:
         """(start, stop) of the text pieces' ids."""
-        start = len(NAMES) + 2 * self.max_grid
+        start = text_start(self.max_grid)
         return start, start + len(self._piece_bytes)
 
     def rows(self, count: int) -> int:

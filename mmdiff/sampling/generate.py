@@ -71,6 +71,11 @@ class Model:
             options.solver != "few_step" or self.cfg.model.step_input,
             "solver='few_step' needs a model trained for it: mmdiff train --init WORKDIR --few-step --workdir NEW.",
         )
+        learnt = self.cfg.few_step.guidance
+        config.require(
+            options.solver != "few_step" or options.guidance == 1 or learnt == 1,
+            f"guidance={options.guidance:g}: this model's steps have learnt a guidance of {learnt:g}; leave it at 1.",
+        )
         config.require(
             options.autoguidance == 1 or self.weak is not None,
             f"autoguidance={options.autoguidance:g} needs a weaker model: --weak RUN or RUN:STEP, mmdiff.load(run, weak=...).",

@@ -23,11 +23,13 @@ import jax.numpy as jnp
 import optax
 
 from mmdiff import config
+from mmdiff.data.vocabulary import text_start
+from mmdiff.diffusion import guidance
 from mmdiff.diffusion.few_step import step_errors
 from mmdiff.diffusion.loss import image_error
 from mmdiff.diffusion.schedule import make_schedule
 from mmdiff.diffusion.times import sample_times
-from mmdiff.layout import Rows
+from mmdiff.layout import Rows, without_words
 from mmdiff.models.network import Network
 from mmdiff.training.guard import apply_guarded
 from mmdiff.training.state import TrainState
@@ -103,17 +105,29 @@ def loss_sums(network: Network, diffusion: config.Diffusion, params: Any, rows: 
 def few_step_sums(
     network: Network, cfg: config.Config, params: Any, rows: Rows, u: jax.Array, h: jax.Array, eps: jax.Array
 ) -> Losses:
-    """The same with the error of steps of length h [b, t] (mmdiff/diffusion/few_step.py) in place of the image loss."""
+    """The same with the error of steps of length h [b, t] (mmdiff/diffusion/few_step.py) in place of the image loss.
+
+    With few_step.guidance the velocity to be learnt is the guided one, the worse one being the network's own without text.
+    Source: MeanFlow, arXiv 2505.13447, section 4.2.
+    """
     x = normalise(rows.patches)
     z, _, _ = corrupt(x, eps, u, cfg.diffusion)
     model = network.bind(params)
     divisor = lambda u: jnp.maximum(u, cfg.diffusion.clip)[..., None]
 
-    def average(z, u, h):
+    def average(z, u, h, rows=rows):
         hidden = model.hidden(rows.tokens, rows.is_patch, z, u, rows.cell, rows.position, rows.mask, step=h)
         return (z - model.predict(hidden, rows.cell)) / divisor(u), hidden
 
-    error, hidden = step_errors(cfg.few_step.objective, average, z, u, h, (z - x) / divisor(u), rows.noised)
+    truth = (z - x) / divisor(u)
+    if cfg.few_step.guidance != 1:
+        textless, order = without_words(rows, text_start(cfg.layout.max_grid))
+        moved = jnp.take_along_axis(z, order[..., None], axis=1), jnp.take_along_axis(u, order, axis=1)
+        there = average(*moved, jnp.zeros_like(u), textless)[0]
+        worse = jnp.take_along_axis(there, jnp.argsort(order, axis=-1)[..., None], axis=1)
+        acts = guidance.inside(u / (1 - u), cfg.few_step.guidance_interval)[..., None]
+        truth = jnp.where(acts, guidance.guided(truth, jax.lax.stop_gradient(worse), cfg.few_step.guidance), truth)
+    error, hidden = step_errors(cfg.few_step.objective, average, z, u, h, truth, rows.noised)
     if cfg.few_step.objective != "shortcut":  # whose error vanishes where it agrees with itself, and would then rule
         error = error / (jax.lax.stop_gradient(block_mean(rows, error)) + BALANCE)
     return _sums(network, cfg.diffusion, model, rows, hidden, error)

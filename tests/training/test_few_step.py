@@ -10,7 +10,9 @@ import pytest
 
 from mmdiff import config
 from mmdiff.config import ConfigError
+from mmdiff.data.vocabulary import text_start
 from mmdiff.document import IMG, Document
+from mmdiff.layout import ImagePlan, drop_text, plan_images, without_words
 from mmdiff.models.network import Network
 from mmdiff.sampling.generate import Model
 from mmdiff.training import state as train_state
@@ -127,6 +129,69 @@ def test_block_mean(stepped):
             np.testing.assert_allclose(mean[b, mine], np.mean(np.asarray(values)[b, mine]), rtol=1e-5)
 
 
+DOCUMENTS = [("12", (2, 3), "4", (1, 2), "56"), ((2, 2),), ("789", (1, 2), (2, 1))], [("3", (2, 2))]
+
+
+@pytest.mark.parametrize("context", ["clean", "noised"])
+def test_the_worse_prediction_is_that_of_documents_without_text(stepped, context):
+    """`without_words` of packed rows reads as `drop_text` of each document, laid out by itself."""
+    tiny = stepped
+    layout = dataclasses.replace(tiny.cfg.layout, context=context)
+
+    def laid(change):
+        rows = [[tiny.pieces(*parts, seed=n) for n, parts in enumerate(row)] for row in DOCUMENTS]
+        plans = [[plan_images(pieces, layout, True) for pieces in row] for row in rows]
+        both = [list(zip(*pair, strict=True)) for pair in zip(rows, plans, strict=True)]
+        return tiny.batch(*[[tiny.lay(change(pieces), plan, layout=layout) for pieces, plan in row] for row in both], length=72)
+
+    rows, dropped = laid(list), laid(drop_text)
+    assert rows.noised.sum() == dropped.noised.sum() and not np.array_equal(rows.noised, dropped.noised)
+    textless, order = without_words(jax.tree.map(jnp.asarray, rows), text_start(tiny.vocabulary.max_grid))
+    z, u = tiny.noise(rows)
+    z_moved, u_moved = (np.take_along_axis(a, np.asarray(order).reshape(*order.shape, *[1] * (a.ndim - 2)), 1) for a in (z, u))
+    ours = np.asarray(tiny.forward(textless, z_moved, u_moved)[1])[np.asarray(textless.noised)]
+    z_dropped, u_dropped = np.zeros_like(z), np.zeros_like(u)
+    for b in range(2):  # patches in the order in which they stand: clean copies and noised blocks
+        z_dropped[b, dropped.is_patch[b]], u_dropped[b, dropped.is_patch[b]] = z[b, rows.is_patch[b]], u[b, rows.is_patch[b]]
+    theirs = np.asarray(tiny.forward(dropped, z_dropped, u_dropped)[1])[dropped.noised]
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    with_text = np.asarray(tiny.forward(rows, z, u)[1])[rows.noised]
+    assert np.abs(with_text - ours).max() > 0.05  # control: the words do matter
+
+
+def test_guidance_is_learnt_where_it_acts(stepped):
+    """Errors of h = 0 by hand: |U - (w truth + (1 - w) U without text)|^2 within the interval, the plain one outside it."""
+    tiny = stepped
+    pieces = [tiny.pieces("12", (2, 3), "4"), tiny.pieces("7", (2, 2), seed=3)]
+    rows = tiny.batch(*[[tiny.lay(p)] for p in pieces], length=32)
+    z, u = tiny.noise(rows)
+    assert len(np.unique(u[rows.noised])) == 2
+    middle = float(np.mean([u[0].max(), u[1].max()]))
+    x = rows.patches / np.float32(127.5) - 1
+    eps = np.where(rows.noised[..., None], (z - (1 - u[..., None]) * x) / np.maximum(u, 1e-6)[..., None], 0)
+    velocity = lambda rows, z, u: (
+        (z - np.asarray(tiny.forward(rows, z, u)[1])) / np.maximum(u, tiny.cfg.diffusion.clip)[..., None]
+    )
+    own, truth = velocity(rows, z, u)[rows.noised], (eps - x)[rows.noised]
+    worse = []
+    for b in range(2):
+        alone = tiny.batch([tiny.lay(drop_text(pieces[b]), [ImagePlan(True, 1)])], length=32)
+        z_alone = np.zeros_like(z[:1])
+        z_alone[alone.is_patch] = z[b][rows.is_patch[b]]
+        worse.append(velocity(alone, z_alone, np.where(alone.noised, u[b].max(), 0).astype(np.float32))[alone.noised])
+    acts = (u > middle)[rows.noised][:, None]
+    target = np.where(acts, 3 * truth - 2 * np.concatenate(worse), truth)
+    weight = rows.image_weight[rows.noised]
+    cfg = dataclasses.replace(
+        tiny.cfg,
+        few_step=config.FewStep(objective="shortcut", guidance=3.0, guidance_interval=(middle / (1 - middle), float("inf"))),
+    )
+    sums = few_step_sums(tiny.network, cfg, tiny.params, rows, jnp.asarray(u), jnp.zeros_like(u), jnp.asarray(eps))
+    assert float(sums.image) == pytest.approx(float(((own - target) ** 2).mean(axis=-1) @ weight), rel=1e-4)
+    plain = float(((own - truth) ** 2).mean(axis=-1) @ weight)
+    assert abs(float(sums.image) - plain) > 0.05 * plain
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_step_learns_and_pieces_of_a_batch_add_up(new_tiny, objective):
     tiny = new_tiny(step_input=True)
@@ -193,6 +258,7 @@ def test_parameters_of_another_run(new_tiny):
         ({"model": {"attention": "blockwise"}}, r"only dense attention.*'blockwise'.*few_step\.objective='difference'"),
         ({"layout": {"row_length": 4096}}, "row_length=4096"),
         ({"few_step": {"share": 0.0}}, r"few_step\.share=0\.0"),
+        ({"few_step": {"guidance": 2.0}, "layout": {"markers": False}}, r"few_step\.guidance=2\.0.*layout\.markers=False"),
     ],
 )
 def test_what_cannot_work_is_refused(new_tiny, change, complaint):
