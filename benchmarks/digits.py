@@ -37,6 +37,7 @@ from mmdiff.models.network import Network
 from mmdiff.sampling import generate
 from mmdiff.training import state as train_state
 from mmdiff.training.optimizer import make_optimizer
+from mmdiff.training.run import merged
 from mmdiff.training.step import compile_train_step
 
 # The limits of the comparison.
@@ -78,7 +79,8 @@ EXAMPLES = """examples:
 class Learner:
     """mmdiff learning the digits, some steps at a time."""
 
-    def __init__(self, cfg: Config, digits: data.Digits):
+    def __init__(self, cfg: Config, digits: data.Digits, init: dict | None = None):
+        """`init`: parameters to begin with; what they lack begins fresh."""
         self.cfg, self.vocabulary = cfg, Vocabulary.bytes(cfg.layout.max_grid)
         source = InMemory(data.documents(digits.train, digits.train_labels))
         self.batches = Batches(source, self.vocabulary, cfg)
@@ -88,7 +90,8 @@ class Learner:
         key = jax.random.key(cfg.training.seed)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(network.init, key)))
         self._check()
-        self.state = train_state.create(network.init(key), tx, cfg.training.seed)
+        params = network.init(key) if init is None else merged(network.init(key), init, "init")
+        self.state = train_state.create(params, tx, cfg.training.seed)
         self.rows = self.batches.iterate(0, cfg.training.steps)
         self.step = compile_train_step(network, cfg, tx, self.state, self.batches.batch(0))
 
@@ -145,11 +148,11 @@ def caption(model: generate.Model, digits: data.Digits) -> list[str]:
     return ["".join(document.texts) for document in out]
 
 
-def draw(model: generate.Model, steps: int, guidance: float, seed: int) -> np.ndarray:
+def draw(model: generate.Model, steps: int, guidance: float, seed: int, **options) -> np.ndarray:
     """Greys [200, 64] showing data.LABELS."""
     prompts = [Document(data.NAMES[label], IMG) for label in data.LABELS]
     size = (data.SIDE, data.SIDE)
-    out = model.generate(prompts, image_size=size, steps=steps, guidance=guidance, max_tokens=0, seed=seed)
+    out = model.generate(prompts, image_size=size, steps=steps, guidance=guidance, max_tokens=0, seed=seed, **options)
     return np.stack([data.to_grey(document.images[0].pixels) for document in out])
 
 

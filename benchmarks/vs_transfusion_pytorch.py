@@ -6,6 +6,8 @@ values and 32 text tokens per document; batch 16; float32; each side with its de
     train_step                  forward, backward and AdamW on 16 documents [text, image]; mmdiff in pieces of 4
     image_batch_1, _16          prompts of 32 tokens to 32x32x3 images, 16 network evaluations (Euler), no guidance
     unprompted_image_batch_16   the same without any prompt
+    few_steps_1, _2, _4         one such image in 1, 2 and 4 evaluations of a few-step model, and the peer at its defaults
+                                (midpoint rule and guidance, 61 evaluations); also set against 16 evaluations of either side
     text_64_tokens_batch_1, _16 64 tokens after a prompt of 32, with cache
     memory                      peak of a fresh process that does nothing but the train step
 
@@ -43,6 +45,9 @@ TASKS = {
     "image_batch_1": "one image, 16 evaluations",
     "image_batch_16": "16 images, 16 evaluations",
     "unprompted_image_batch_16": "16 images without a prompt",
+    "few_steps_1": "one image, 1 against 61",
+    "few_steps_2": "one image, 2 against 61",
+    "few_steps_4": "one image, 4 against 61",
     "text_64_tokens_batch_1": "64 tokens of one text",
     "text_64_tokens_batch_16": "64 tokens of 16 texts",
 }
@@ -119,6 +124,7 @@ def summarise(results: dict[str, dict], memory: dict[str, dict]) -> dict:
             for key in ("parameters", "positions_per_row"):
                 if key in note:
                     figures[f"{key}_{spelt(name)}"] = note[key]
+    figures |= over_16_evaluations(results)
     for name, answer in memory.items():
         figures[f"peak_memory_megabytes_{spelt(name)}"] = round(answer["peak_megabytes"])
         figures[f"peak_memory_above_imports_megabytes_{spelt(name)}"] = round(above_imports(answer))
@@ -126,6 +132,24 @@ def summarise(results: dict[str, dict], memory: dict[str, dict]) -> dict:
         peer, ours = memory[PEER], memory[block]
         figures[f"peak_memory_ratio_{block}"] = round(peer["peak_megabytes"] / ours["peak_megabytes"], 3)
         figures[f"peak_memory_above_imports_ratio_{block}"] = round(above_imports(peer) / above_imports(ours), 3)
+    return figures
+
+
+def over_16_evaluations(results: dict[str, dict]) -> dict[str, float]:
+    """How many times as fast a few-step drawing is as 16 evaluations of either side."""
+    figures: dict[str, float] = {}
+    if "image_batch_1" not in results:
+        return figures
+    usual = results["image_batch_1"]["rounds"]
+    for task in results:
+        if task.startswith("few_steps"):
+            for block in OURS:
+                for other in (PEER, block):
+                    slow, fast = (
+                        common.median_seconds(rounds, name)
+                        for rounds, name in ((usual, other), (results[task]["rounds"], block))
+                    )
+                    figures[f"{task}_{block}_over_16_evaluations_of_{spelt(other)}"] = round(slow / fast, 3)
     return figures
 
 
@@ -154,6 +178,9 @@ def table(figures: dict, tasks: list[str]) -> str:
             size = [figures[f"{key}_megabytes_{spelt(name)}"] for name in SIDES]
             share = ", ".join(f"{name}: the peer uses {figures[f'{key}_ratio_{name}']:.1f} times as much" for name in OURS)
             lines.append(f"{label:28} {size[0]:17} MB {size[1]:6} MB {size[2]:6} MB   {share}")
+    for key, ratio in figures.items():
+        if "_over_16_evaluations_of_" in key:
+            lines.append(f"{key.replace('_', ' ')}: {ratio:.1f} times as fast")
     for task in tasks:
         path, others = (figures[f"{task}_{key}"] for key in ("path_transfusion_pytorch", "cores_used_by_others"))
         lines.append(f"{TASKS[task]}: the peer's fastest path is {path}; other processes used {others:.2f} cores")

@@ -16,6 +16,7 @@ pytest.importorskip("sklearn")
 import common  # noqa: E402
 import digits  # noqa: E402
 import digits_data  # noqa: E402
+import few_steps  # noqa: E402
 import vs_transfusion_pytorch as versus  # noqa: E402
 
 from mmdiff import Document, Image  # noqa: E402
@@ -26,6 +27,11 @@ from mmdiff import Document, Image  # noqa: E402
     [
         ("input_rate.py", ("--images", "24", "--steps", "4"), {"decode", "prefetch", "cores"}),
         ("attention_memory.py", ("--lengths", "256"), None),
+        (
+            "throughput.py",
+            ("--experiment", "experiments/faces_32.py", "--batches", "2", "--evaluations", "1", "--rounds", "1"),
+            {"found", "device"},
+        ),
     ],
 )
 def test_scripts_of_one_command_print_one_json_object(script, options, keys):
@@ -131,6 +137,8 @@ def test_summary_names_ratios_in_words():
     figures = versus.summarise(dict.fromkeys(versus.TASKS, result), memory)
     for task in versus.TASKS:
         assert (figures[f"{task}_speedup_gau"], figures[f"{task}_speedup_attention"]) == (3.0, 1.5)
+    assert figures["few_steps_2_gau_over_16_evaluations_of_transfusion_pytorch"] == 3.0
+    assert figures["few_steps_2_attention_over_16_evaluations_of_attention"] == 1.0
     assert figures["peak_memory_ratio_gau"] == 3.0 and figures["peak_memory_above_imports_ratio_attention"] == 2.0
     assert "3.00 times as fast" in versus.table(figures, list(versus.TASKS))
 
@@ -150,7 +158,7 @@ def test_speed_tasks_do_the_stated_work(block):
     with common.Worker(block, sys.executable, FOLDER / "workers" / "mmdiff_speed.py", json.dumps(sizes), block) as worker:
         note = worker.ask("warm", task="train_step", calls=1)["note"]
         assert note["positions_per_row"] == 1 + 32 + 3 + 64
-        for task in ("image_batch_1", "text_64_tokens_batch_1") if block == "gau" else ():
+        for task in ("image_batch_1", "few_steps_2", "text_64_tokens_batch_1") if block == "gau" else ():
             assert worker.ask("warm", task=task, calls=1)["seconds"] > 0
         assert worker.ask("time", task="train_step", calls=2)["wall_seconds"] > 0
 
@@ -215,12 +223,27 @@ def test_digits_learns_and_is_judged(monkeypatch):
     assert "mmdiff" in digits.table(figures)
 
 
+def test_digits_in_few_steps(monkeypatch):
+    monkeypatch.setattr(few_steps, "SETS", 1)
+    monkeypatch.setattr(few_steps, "STEPS", (2,))
+    monkeypatch.setattr(few_steps, "TUNED", (2,))
+    monkeypatch.setattr(few_steps, "FEW_EVALUATIONS", (1,))
+    cfg = digits.config(steps=2)
+    tiny = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, width=32, depth=1))
+    figures = few_steps.run(tiny, 2, ["shortcut"])
+    ordinary, few = figures["models"]
+    assert [(rung["grid"], rung["steps"]) for rung in ordinary["drawings"]] == [("uniform_logsnr", 2), ("tuned", 2)]
+    assert [(rung["solver"], rung["steps"]) for rung in few["drawings"]] == [("few_step", 1)]
+    assert all(0 <= model["caption_accuracy"] <= 1 for model in figures["models"])
+    assert "shortcut" in few_steps.table(figures) and set(figures["seconds_per_step"]) == {"ordinary", "shortcut"}
+
+
 def test_documents_hold_a_name_and_its_image():
     (document,) = digits_data.documents(np.zeros((1, 64)), np.asarray([7]))
     assert document == Document("seven", Image(np.zeros((8, 8, 3), np.uint8)))
 
 
-@pytest.mark.parametrize("script", ["vs_transfusion_pytorch.py", "digits.py"])
+@pytest.mark.parametrize("script", ["vs_transfusion_pytorch.py", "digits.py", "few_steps.py"])
 def test_help_has_examples(script):
     done = subprocess.run([sys.executable, str(FOLDER / script), "--help"], capture_output=True, text=True, check=True)
     assert "examples:" in done.stdout and "--json" in done.stdout

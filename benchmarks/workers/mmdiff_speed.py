@@ -14,13 +14,14 @@ import numpy as np
 from common import serve, timing_handlers, versions
 from in_memory import InMemory
 
-from mmdiff import IMG, Document, Image, config
+from mmdiff import IMG, Document, Image, config, config_files
 from mmdiff.data.batches import Batches
 from mmdiff.data.vocabulary import Vocabulary
 from mmdiff.models.network import Network
 from mmdiff.sampling.generate import Model
 from mmdiff.training import state
 from mmdiff.training.optimizer import make_optimizer
+from mmdiff.training.run import merged
 from mmdiff.training.step import compile_train_step
 
 SIZES, BLOCK = json.loads(sys.argv[1]), sys.argv[2]
@@ -117,6 +118,21 @@ def image(batch: int, prompted: bool = True):
     return draw, {"path": "Model.generate"}
 
 
+def few_steps(evaluations: int):
+    cfg = config_files.replaced(configuration(), {"model.step_input": True, "sampling.solver": "few_step"})
+    trained = model()
+    params = merged(Network(cfg.model, trained.vocabulary.size).init(jax.random.key(SIZES["seed"])), trained.params, "init")
+    few = Model(cfg, params, trained.vocabulary)
+    prompt = Document(random_text(np.random.default_rng(SIZES["seed"])), IMG)
+    size = SIZES["image_side"], SIZES["image_side"]
+
+    def draw():
+        (out,) = few.generate([prompt], image_size=size, steps=evaluations, max_tokens=0)
+        assert out.images[0].pixels.shape == (*size, 3)
+
+    return draw, {"path": "Model.generate"}
+
+
 def text(batch: int):
     random = np.random.default_rng(SIZES["seed"])
     prompts = [Document(random_text(random)) for _ in range(batch)]
@@ -138,6 +154,9 @@ TASKS = {
     "image_batch_1": lambda: image(1),
     "image_batch_16": lambda: image(16),
     "unprompted_image_batch_16": lambda: image(16, prompted=False),
+    "few_steps_1": lambda: few_steps(1),
+    "few_steps_2": lambda: few_steps(2),
+    "few_steps_4": lambda: few_steps(4),
     "text_64_tokens_batch_1": lambda: text(1),
     "text_64_tokens_batch_16": lambda: text(16),
 }

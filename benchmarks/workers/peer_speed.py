@@ -21,7 +21,7 @@ VALUES = 3 * SIZES["patch"] ** 2
 BATCHES = 4
 
 
-def build() -> Transfusion:
+def build(euler: bool = True) -> Transfusion:
     torch.manual_seed(SIZES["seed"])
     model = Transfusion(
         num_text_tokens=256,
@@ -31,8 +31,8 @@ def build() -> Transfusion:
         add_pos_emb=True,
         transformer=dict(dim=SIZES["width"], depth=SIZES["attention_layers"], dim_head=64, heads=SIZES["width"] // 64),
     )
-    # Euler: one evaluation per interval, and `modality_steps` points make one interval fewer
-    model.odeint_fn = functools.partial(odeint, method="euler")
+    if euler:  # one evaluation per interval, and `modality_steps` points make one interval fewer
+        model.odeint_fn = functools.partial(odeint, method="euler")
     return model
 
 
@@ -79,6 +79,25 @@ def image(batch: int, prompted: bool = True):
     return fastest(ways)
 
 
+def image_at_defaults():
+    """What a user gets who changes nothing but the length, of one image."""
+    model = build(euler=False).eval()
+    prompt = torch.randint(0, 256, (SIZES["text_tokens"],))
+    calls = 0
+
+    def count(*_):
+        nonlocal calls
+        calls += 1
+
+    def draw():
+        model.sample_one(prompt.clone(), force_modality_at_start=(0, (SIDE, SIDE)), max_length=1)
+
+    hook = model.transformer.register_forward_pre_hook(count)
+    draw()
+    hook.remove()
+    return draw, {"path": f"sample_one, {calls} calls of its transformer"}
+
+
 def text(batch: int):
     model = build().eval()
     prompt = torch.randint(0, 256, (batch, SIZES["text_tokens"]))
@@ -103,6 +122,9 @@ TASKS = {
     "image_batch_1": lambda: image(1),
     "image_batch_16": lambda: image(16),
     "unprompted_image_batch_16": lambda: image(16, prompted=False),
+    "few_steps_1": image_at_defaults,
+    "few_steps_2": image_at_defaults,
+    "few_steps_4": image_at_defaults,
     "text_64_tokens_batch_1": lambda: text(1),
     "text_64_tokens_batch_16": lambda: text(16),
 }

@@ -35,6 +35,7 @@ SMALL = (
 def run(*arguments, **variables):
     command = [sys.executable, "-m", "mmdiff", "plan", *map(str, arguments)]
     environment = os.environ | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"} | variables
+    environment |= {"JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1"}  # nobody will run the program; half a minute for two
     return subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT, env=environment)
 
 
