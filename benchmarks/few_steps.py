@@ -93,7 +93,7 @@ def run(cfg: Config, few_steps: int, objectives: list[str]) -> dict:
     models = [measure(ordinary, "ordinary", set_, judge, seed)]
     for objective in objectives:
         say(f"few-step training: {objective}")
-        few = digits.Learner(few_config(cfg, objective, few_steps), set_, ordinary.params)
+        few = digits.Learner(few_config(cfg, objective, few_steps), set_, learner.state.ema)
         seconds[objective] = digits.speed(digits.learn(few, None))["seconds_per_step"]
         models.append(measure(few.model(), objective, set_, judge, seed))
     return {"training_steps": cfg.training.steps, "few_step_training_steps": few_steps} | {

@@ -21,7 +21,6 @@ from mmdiff.models.network import Network
 from mmdiff.sampling.generate import Model
 from mmdiff.training import state
 from mmdiff.training.optimizer import make_optimizer
-from mmdiff.training.run import merged
 from mmdiff.training.step import compile_train_step
 
 SIZES, BLOCK = json.loads(sys.argv[1]), sys.argv[2]
@@ -80,7 +79,7 @@ def train_step():
 
 
 @functools.cache
-def model() -> Model:
+def model(few_step: bool = False) -> Model:
     """A model with random weights whose language head writes printable characters only.
 
     Random weights would end the text anywhere, by [EOS] or [IMG]. A character's logits here have a standard deviation of
@@ -88,6 +87,8 @@ def model() -> Model:
     exactly as many tokens come out as were asked for. The arithmetic is that of any other weights.
     """
     cfg, vocabulary = configuration(), Vocabulary.bytes(max_grid=8)
+    if few_step:
+        cfg = config_files.replaced(cfg, {"model.step_input": True, "sampling.solver": "few_step"})
     params = Network(cfg.model, vocabulary.size).init(jax.random.key(SIZES["seed"]))
     kernel = np.zeros(params["text_out"]["kernel"].shape, np.float32)
     start = vocabulary.text_range[0]
@@ -119,15 +120,11 @@ def image(batch: int, prompted: bool = True):
 
 
 def few_steps(evaluations: int):
-    cfg = config_files.replaced(configuration(), {"model.step_input": True, "sampling.solver": "few_step"})
-    trained = model()
-    params = merged(Network(cfg.model, trained.vocabulary.size).init(jax.random.key(SIZES["seed"])), trained.params, "init")
-    few = Model(cfg, params, trained.vocabulary)
     prompt = Document(random_text(np.random.default_rng(SIZES["seed"])), IMG)
     size = SIZES["image_side"], SIZES["image_side"]
 
     def draw():
-        (out,) = few.generate([prompt], image_size=size, steps=evaluations, max_tokens=0)
+        (out,) = model(few_step=True).generate([prompt], image_size=size, steps=evaluations, max_tokens=0)
         assert out.images[0].pixels.shape == (*size, 3)
 
     return draw, {"path": "Model.generate"}
