@@ -25,6 +25,7 @@ from pathlib import Path
 import common
 import digits_data as data
 import jax
+import jax.numpy as jnp
 import numpy as np
 from common import say
 from in_memory import InMemory
@@ -90,7 +91,9 @@ class Learner:
         key = jax.random.key(cfg.training.seed)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(network.init, key)))
         self._check()
-        params = network.init(key) if init is None else merged(network.init(key), init, "init")
+        params = network.init(key)
+        if init is not None:
+            params = merged(params, jax.tree.map(jnp.copy, init), "init")  # training gives its buffers away
         self.state = train_state.create(params, tx, cfg.training.seed)
         self.rows = self.batches.iterate(0, cfg.training.steps)
         self.step = compile_train_step(network, cfg, tx, self.state, self.batches.batch(0))

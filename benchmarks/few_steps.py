@@ -68,6 +68,7 @@ def measure(model: Model, name: str, set_: data.Digits, judge: data.Judge, seed:
     for setting in settings(model):
         scores = [judge.score(digits.draw(model, seed=seed + 1 + n, guidance=1.0, **setting)) for n in range(SETS)]
         rungs.append(setting | {key: float(np.mean([score[key] for score in scores])) for key in scores[0]})
+        say(f"{name}: " + ", ".join(f"{key} {value}" for key, value in rungs[-1].items()))
     captions = data.caption_accuracy(digits.caption(model, set_), set_.held_out_labels)
     return {"model": name, "caption_accuracy": captions, "drawings": rungs}
 

@@ -230,12 +230,12 @@ def test_digits_in_few_steps(monkeypatch):
     monkeypatch.setattr(few_steps, "FEW_EVALUATIONS", (1,))
     cfg = digits.config(steps=2)
     tiny = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, width=32, depth=1))
-    figures = few_steps.run(tiny, 2, ["shortcut"])
-    ordinary, few = figures["models"]
+    figures = few_steps.run(tiny, 2, ["shortcut", "difference"])
+    ordinary, few, _ = figures["models"]
     assert [(rung["grid"], rung["steps"]) for rung in ordinary["drawings"]] == [("uniform_logsnr", 2), ("tuned", 2)]
     assert [(rung["solver"], rung["steps"]) for rung in few["drawings"]] == [("few_step", 1)]
     assert all(0 <= model["caption_accuracy"] <= 1 for model in figures["models"])
-    assert "shortcut" in few_steps.table(figures) and set(figures["seconds_per_step"]) == {"ordinary", "shortcut"}
+    assert "shortcut" in few_steps.table(figures) and set(figures["seconds_per_step"]) == {"ordinary", "shortcut", "difference"}
 
 
 def test_documents_hold_a_name_and_its_image():

@@ -11,7 +11,7 @@ Random numbers come from a document's key, folded with the stream position (text
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,8 @@ from mmdiff.sampling.image import Canvas, Drawing, Guidance, Known, Weak, draw
 
 if TYPE_CHECKING:
     from mmdiff.sampling.generate import Model
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,7 +184,8 @@ class Session:
         chunk = make_chunk([s for s, _ in streams], [d.read for d in self.drafts], self._patch_values)
         self._reserve(max(len(s.tokens) for s, _ in streams))
         self.cache, logits = extend(self.model.network, self.model.params, self.cache, chunk)
-        self.logits = jnp.where((chunk.counts > 0)[:, None], logits, self.logits)
+        fresh = np.asarray(pending) > 0
+        self.logits = logits if fresh.all() else jnp.where(fresh[:, None], logits, self.logits)
         for draft, (stream, place) in zip(self.drafts, streams, strict=True):
             draft.read, draft.place = len(stream.tokens), place
 
@@ -281,10 +284,10 @@ class Session:
             cell[b, : piece.patch_count] = patch_cells(*grid)
             for g, where in enumerate(starts):
                 position[g, b, : piece.patch_count] = patch_positions(where[b], *grid, cfg.model.positions)[0]
-        keys = fold(self.keys[take], np.asarray([2**30 + d.drawn for d in drafts]))
+        keys = fold(self._rows(self.keys, take), np.asarray([2**30 + d.drawn for d in drafts]))
         lowest, highest = options.guidance_interval
         scale = options.guidance if options.autoguidance == 1 else options.autoguidance
-        guide = Guidance(*map(jnp.float32, (scale, lowest, highest, options.guidance_rescale)))
+        guide = Guidance(*map(np.float32, (scale, lowest, highest, options.guidance_rescale)))
         canvas = Canvas(position, cell, count, self._known())
         weaker = self.model.weak if options.autoguidance != 1 else None
         weak = None
@@ -343,11 +346,10 @@ class Session:
     def _patch_values(self) -> int:
         return 3 * self.model.cfg.model.patch**2
 
-    @staticmethod
-    def _rows(cache: Cache, take: np.ndarray) -> Cache:
-        if np.array_equal(take, np.arange(len(cache.length))):
-            return cache
-        return jax.tree.map(lambda a: a[take], cache)
+    def _rows(self, tree: T, take: np.ndarray) -> T:
+        if np.array_equal(take, np.arange(len(self.drafts))):
+            return tree  # indexing outside of a program costs a millisecond
+        return jax.tree.map(lambda a: a[take], tree)
 
 
 @jax.jit
