@@ -120,7 +120,8 @@ def write(rungs: Sequence[Rung], folder: Path, title: str, shown: str) -> list[P
     best = {rung.nfe: rung for rung in rows if rung.solver == shown and rung.grid == "uniform_logsnr"}
     best |= {rung.nfe: rung for rung in rows if rung.solver == shown and rung.grid == "tuned"}
     rows = [*(best[nfe] for nfe in sorted(best)), *(rung for rung in rows if rung.solver == "few_step")]
-    bands = [band(f"{r.nfe} evaluations, {r.solver}, {r.grid}", [(pixels, "") for pixels in r.drawn]) for r in rows]
+    plural = lambda nfe: f"{nfe} evaluation{'s' * (nfe > 1)}"
+    bands = [band(f"{plural(r.nfe)}, {r.solver}, {r.grid}", [(pixels, "") for pixels in r.drawn]) for r in rows]
     stacked(bands).save(sheet)
     return [data, page, sheet]
 
