@@ -13,14 +13,15 @@ Sources: arXiv 2207.12598; autoguidance arXiv 2406.02507; interval arXiv 2404.07
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 
-def guided(cond: jax.Array, worse: jax.Array, scale: float | jax.Array) -> jax.Array:
+def guided(cond: jax.Array, worse: jax.Array, scale: ArrayLike) -> jax.Array:
     """The guided prediction, equation (1); exactly `cond` at scale 1."""
     return cond + (scale - 1) * (cond - worse)
 
 
-def rescaled(x_hat: jax.Array, cond: jax.Array, amount: float | jax.Array, real: jax.Array) -> jax.Array:
+def rescaled(x_hat: jax.Array, cond: jax.Array, amount: ArrayLike, real: jax.Array) -> jax.Array:
     """Equation (2) with r = `amount`; exactly `x_hat` for 0. `real`: bool [b, n], the patches that are not padding."""
     where = jnp.broadcast_to(real[..., None], x_hat.shape)
     mean = jnp.mean(x_hat, axis=(1, 2), keepdims=True, where=where)
@@ -28,7 +29,7 @@ def rescaled(x_hat: jax.Array, cond: jax.Array, amount: float | jax.Array, real:
     return x_hat + amount * (x_hat - mean) * (spread(cond) / jnp.maximum(spread(x_hat), 1e-6) - 1)
 
 
-def inside(sigma, interval: tuple[float | jax.Array, float | jax.Array]):
+def inside(sigma, interval: tuple[ArrayLike, ArrayLike]):
     """Whether guidance acts at noise level sigma: lowest <= sigma <= highest, for numbers and arrays."""
     lowest, highest = interval
     return (sigma >= lowest) & (sigma <= highest)

@@ -45,10 +45,10 @@ class Known(NamedTuple):
 class Guidance(NamedTuple):
     """See mmdiff/diffusion/guidance.py."""
 
-    scale: jax.Array
-    lowest: jax.Array  # noise levels between which it acts
-    highest: jax.Array
-    rescale: jax.Array
+    scale: np.float32
+    lowest: np.float32  # noise levels between which it acts
+    highest: np.float32
+    rescale: np.float32
 
 
 class Weak(NamedTuple):
