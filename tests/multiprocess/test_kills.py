@@ -12,7 +12,7 @@ from mmdiff.training.metrics import read_metrics
 
 from .conftest import EVERY, STEPS, lines, losses, wait_for_lines
 
-KILLS = int(os.environ.get("MMDIFF_TEST_KILLS", "2"))  # 10 or more on a quiet evening
+KILLS = int(os.environ.get("MMDIFF_TEST_KILLS", "3"))  # 10 or more on a quiet evening
 
 
 def test_killed_at_a_random_moment_and_resumed_by_two(whole, start, tmp_path):
