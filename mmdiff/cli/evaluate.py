@@ -16,6 +16,7 @@ EXAMPLES = """examples:
   mmdiff evaluate runs/quickstart
   mmdiff evaluate runs/quickstart --metrics image_accuracy --steps 4 --solver ddim
   mmdiff evaluate runs/faces --phrases "black hair|brown hair|blond hair;smiling" --count 500
+  mmdiff evaluate runs/faces --phrases "black hair|brown hair|blond hair;smiling" --metrics phrase_drawn --steps 50
   mmdiff evaluate runs/quickstart --json > metrics.json
   mmdiff evaluate runs/faces --features encoder --count 1000
   mmdiff evaluate runs/quickstart --ladder --few runs/quickstart_few

@@ -1,6 +1,7 @@
 """Measuring a model on held-out data. All seeds are fixed: the same model gives the same numbers.
 
-    any data    text_bits_per_byte, x_error, patch_grid_ratio, image_bits_per_dim, image_bits_per_dim_ode, phrase_accuracy
+    any data    text_bits_per_byte, x_error, patch_grid_ratio, image_bits_per_dim, image_bits_per_dim_ode, phrase_accuracy,
+                phrase_drawn
                 sets of images (mmdiff/evaluation/sets.py): frechet_*, fid_inception, kid_*, precision_recall,
                 density_coverage, nearest_train_ratio
     shapes      caption_accuracy, image_accuracy, question_accuracy, edit_accuracy, interleaved_validity
@@ -20,6 +21,7 @@ from mmdiff.data.sources import Source
 from mmdiff.document import Text
 from mmdiff.evaluation import sets, shapes, words
 from mmdiff.evaluation.features import NAMES
+from mmdiff.evaluation.judge import phrases_drawn
 from mmdiff.evaluation.likelihood import image_bits_per_dim_ode
 from mmdiff.evaluation.patch_grid import patch_grid_ratio
 from mmdiff.evaluation.phrases import phrase_accuracy
@@ -69,7 +71,8 @@ def evaluate(
         `comparison.features` if it is given.
       source: held-out documents, where the model's configuration does not name them.
       count: documents per metric. seed: of everything that is sampled.
-      phrases: groups of phrases that captions should name (mmdiff/evaluation/phrases.py); adds phrase_accuracy.
+      phrases: groups of phrases that captions should name (mmdiff/evaluation/phrases.py); adds phrase_accuracy where no
+        metric of phrases is named.
       comparison: how sets of images are compared.
       drawing: sampling options of the images (steps, solver, grid, guidance); the rest are the configuration's.
     Returns:
@@ -94,7 +97,8 @@ def measure(task: Task, metrics: Sequence[str] | None = None) -> dict[str, float
 
 def chosen(task: Task, names: Sequence[str] | None) -> list[str]:
     """The metrics to measure: those named, or the usual ones that suit the data and those of the features asked for."""
-    added = ["phrase_accuracy"] if task.phrases else []
+    named = names is not None and any(name.startswith("phrase_") for name in names)
+    added = ["phrase_accuracy"] if task.phrases and not named else []
     if names is None:
         if task.comparison.features is not None:
             added += sets.in_space(task.comparison.features)
@@ -139,6 +143,10 @@ def _has_image(task: Task) -> bool:
     return any(isinstance(segment, tuple) and segment[2] for segment in _segments(task))
 
 
+def _has_both(task: Task) -> bool:
+    return _has_text(task) and _has_image(task)
+
+
 def _segments(task: Task) -> Iterator[Text | tuple[int, int, bool]]:
     return itertools.chain.from_iterable(task.source.outline(i) for i in range(min(LOOKED_AT, len(task.source))))
 
@@ -171,6 +179,9 @@ METRICS = {
         image_bits_per_dim_ode, "likelihood of images under the sampler's ODE (very slow)", _has_image, usual=False
     ),
     "phrase_accuracy": Metric(phrase_accuracy, "phrases that captions should name", _has_text, usual=False),
+    "phrase_drawn": Metric(
+        phrases_drawn, "phrases of prompts that a judge, trained on real images, sees in drawings", _has_both, usual=False
+    ),
     **{
         sets.frechet_name(name): _set_metric(sets.frechet(name), f"Frechet distance of generated and real images: {name}")
         for name in NAMES

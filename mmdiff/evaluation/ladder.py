@@ -84,7 +84,7 @@ def _evaluations(solver: str, steps: int) -> int:
 def _rung(task: Task, shared: dict, metrics: Sequence[str], solver: str, grid: str, steps: int, used: int) -> Rung:
     from mmdiff.evaluation.evaluate import METRICS
 
-    made = {name: value for name, value in shared.items() if name.startswith(("features", "real"))}
+    made = {name: value for name, value in shared.items() if name.startswith(("features", "real", "judge"))}
     rung = dataclasses.replace(task, drawing=task.drawing | {"solver": solver, "grid": grid, "steps": steps}, made=made)
     groups = -(-len(rung.wanted) // GROUP)
     rung.draw(rung.wanted[: -(-len(rung.wanted) // groups)])  # compiles

@@ -6,9 +6,10 @@ model writes is right when it has the class of the true one; the majority is the
 captions it is measured on, which favours the majority.
 """
 
-import collections
 import re
 from collections.abc import Sequence
+
+import numpy as np
 
 from mmdiff.config import ConfigError
 from mmdiff.document import Document
@@ -33,17 +34,31 @@ def parse_groups(text: str) -> list[list[str]]:
 
 
 def phrase_accuracy(task: Task) -> dict[str, float]:
-    """For each group, named by its first phrase: `phrase_accuracy_<name>` and `phrase_majority_<name>`."""
+    """For each group, named by its first phrase: `phrase_accuracy_<name>` and `phrase_majority_<name>`; of several groups
+    also their mean, `phrase_accuracy`."""
     if not task.phrases:
         raise ConfigError("phrase_accuracy needs phrases, for example --phrases 'black hair|brown hair;smiling'.")
     found = pictures(task.source, task.model.cfg, task.count)
     written = task.describe([Document(image) for image, _ in found])
-    result: dict[str, float] = {}
-    for group in task.phrases:
-        true = [class_of(text, group) for _, text in found]
-        right = [class_of(text, group) == wanted for text, wanted in zip(written, true, strict=True)]
-        result |= mean(f"phrase_accuracy_{name_of(group)}", right)
-        result[f"phrase_majority_{name_of(group)}"] = collections.Counter(true).most_common(1)[0][1] / len(true)
+    true = classes([text for _, text in found], task.phrases)
+    result = means("phrase_accuracy", classes(written, task.phrases) == true, task.phrases)
+    for group, column in zip(task.phrases, true.T, strict=True):
+        result[f"phrase_majority_{name_of(group)}"] = np.unique(column, return_counts=True)[1].max() / len(column)
+    return result
+
+
+def classes(texts: Sequence[str], groups: Sequence[Sequence[str]]) -> np.ndarray:
+    """Classes int [n, groups] of texts: the number of the phrase in its group, or the length of the group for none."""
+    found = [[class_of(text, group) for group in groups] for text in texts]
+    numbers = [[len(g) if p is None else list(g).index(p) for p, g in zip(row, groups, strict=True)] for row in found]
+    return np.array(numbers, np.int64).reshape(len(texts), len(groups))
+
+
+def means(name: str, right: np.ndarray, groups: Sequence[Sequence[str]]) -> dict[str, float]:
+    """`<name>`, over all groups, and `<name>_<group>` of right answers bool [n, groups], with their standard errors."""
+    result = mean(name, right.mean(-1)) if len(groups) > 1 else {}
+    for column, group in zip(right.T, groups, strict=True):
+        result |= mean(f"{name}_{name_of(group)}", column)
     return result
 
 

@@ -91,9 +91,13 @@ def test_phrase_accuracy_stands_beside_the_majority():
     result = evaluate(Oracle(cfg, FACES), ["phrase_accuracy"], source=Listed(FACES), phrases=GROUPS)
     assert [result[f"phrase_accuracy_{n}"] for n in ("black_hair", "smiling", "man")] == [1, 1, 1]
     assert [result[f"phrase_majority_{n}"] for n in ("black_hair", "smiling", "man")] == [0.5, 0.75, 0.75]
+    assert result["phrase_accuracy"] == 1
     told = [Document(d.segments[0], "A man with black hair.") for d in FACES]
     result = evaluate(Oracle(cfg, told), ["phrase_accuracy"], source=Listed(FACES), phrases=GROUPS)
     assert [result[f"phrase_accuracy_{n}"] for n in ("black_hair", "smiling", "man")] == [0.5, 0.75, 0.75]
+    assert result["phrase_accuracy"] == 2 / 3  # of groups and captions alike
+    with pytest.raises(DataError, match="no document"):
+        evaluate(Oracle(cfg, []), ["phrase_accuracy"], source=Listed([Document("text")]), phrases=GROUPS)
 
 
 def test_a_phrase_is_whole_words():
