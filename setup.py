@@ -27,6 +27,7 @@ setup(
         "msgpack>=1.0",
         "sentencepiece>=0.2.1",
         "clu>=0.0.12",
+        "dm-pix>=0.4.5",
         "tensorflow-datasets>=4.9.9",
         "importlib_resources",  # tensorflow-datasets imports it on Python 3.11 without declaring it
         "numpy>=2.0",

@@ -6,7 +6,7 @@ The heart is `mmdiff.layout` (documents to rows), `mmdiff.training.step` (the lo
 from mmdiff.document import IMG, DataError, Document, Image, Text
 
 __version__ = "0.1.0"
-__all__ = ["IMG", "DataError", "Document", "Image", "Text", "load"]
+__all__ = ["IMG", "DataError", "Document", "Image", "Text", "load", "load_tokenizer"]
 
 
 def load(workdir, **options):
@@ -14,3 +14,10 @@ def load(workdir, **options):
     from mmdiff.sampling.generate import load as load_model
 
     return load_model(workdir, **options)
+
+
+def load_tokenizer(workdir, **options):
+    """The image tokenizer of a run. See `mmdiff.tokenizers.model.load_tokenizer` and its `Tokenizer`."""
+    from mmdiff.tokenizers.model import load_tokenizer as load_it
+
+    return load_it(workdir, **options)

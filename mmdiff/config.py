@@ -2,7 +2,8 @@
 
 An experiment is a Python file with `def config() -> Config`; what differs from the defaults below is what it writes.
 Every field can be overridden on the command line by its dotted name (`--model.width 512`). A value that cannot work is
-refused when the dataclass is made, with the remedy, never at step 1. The network's own part is mmdiff/config_model.py.
+refused when the dataclass is made, with the remedy, never at step 1. The network's own part is mmdiff/config_model.py,
+that of image tokenizers mmdiff/config_tokenizer.py.
 """
 
 import dataclasses
@@ -10,10 +11,11 @@ import hashlib
 import json
 from typing import Literal
 
-from mmdiff.config_model import DENSE_LIMIT, ConfigError, Model, require, suggest
+from mmdiff.config_model import AUTOENCODERS, DENSE_LIMIT, ConfigError, Model, require, suggest
+from mmdiff.config_tokenizer import Tokenizer
 
 __all__ = ["Config", "ConfigError", "Data", "Diffusion", "Layout", "Mesh", "Model", "Optimizer", "Sampling", "Training"]
-__all__ += ["check_image_size", "require", "suggest"]
+__all__ += ["AUTOENCODERS", "Tokenizer", "check_image_size", "require", "suggest"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +108,7 @@ class FewStep:
 class Data:
     """Where documents come from (mmdiff/data/)."""
 
-    source: Literal["documents", "shapes", "words", "tfds"] = "documents"
+    source: Literal["documents", "shapes", "words", "probes", "tfds"] = "documents"
     path: str = ""
     """documents: a folder with documents.jsonl, or one written by `mmdiff prepare`. tfds: the dataset name."""
     split: str = "train"
@@ -120,7 +122,7 @@ class Data:
     image_size: tuple[int, int] | None = None
     """(height, width): centre-crop to this aspect, then resize. None keeps each image's own size."""
     generator: tuple[tuple[str, float], ...] = ()
-    """shapes, words: weight of each document kind; empty means the generator's default mix."""
+    """shapes, words, probes: weight of each document kind; empty means the generator's default mix."""
     generator_image_size: int = 32
     max_objects: int = 3
     """shapes: most objects in one scene."""
@@ -292,6 +294,7 @@ class Config:
     layout: Layout = Layout()
     diffusion: Diffusion = Diffusion()
     few_step: FewStep = FewStep()
+    tokenizer: Tokenizer = dataclasses.field(default_factory=Tokenizer)
     data: Data = Data()
     optimizer: Optimizer = Optimizer()
     training: Training = Training()
@@ -309,6 +312,7 @@ class Config:
             self._check_rival()
         if self.few_step.objective != "none":
             self._check_few_step()
+        self._check_tokenizer()
         require(
             self.sampling.solver != "few_step" or model.step_input,
             "sampling.solver='few_step' needs model.step_input=True, and training with few_step.objective.",
@@ -319,7 +323,7 @@ class Config:
         )
         if self.data.image_size is not None:
             check_image_size(*self.data.image_size, self.model.patch, "data.image_size")
-        if self.data.source in ("shapes", "words"):
+        if self.data.source in ("shapes", "words", "probes"):
             size = self.data.generator_image_size
             check_image_size(size, size, self.model.patch, "data.generator_image_size")
 
@@ -327,7 +331,8 @@ class Config:
     def fixed_size(self) -> tuple[int, int] | None:
         """(height, width) of every image, where the configuration says so."""
         side = self.data.generator_image_size
-        return {"shapes": (side, side), "words": (side, 2 * side)}.get(self.data.source, self.data.image_size)
+        generated = {"shapes": (side, side), "words": (side, 2 * side), "probes": (side, side)}
+        return generated.get(self.data.source, self.data.image_size)
 
     def _check_few_step(self) -> None:
         model, diffusion, name = self.model, self.diffusion, f"few_step.objective={self.few_step.objective!r}"
@@ -357,20 +362,38 @@ class Config:
         require(not layout.time_token, f"{name} has its own way to be told the time: set layout.time_token=False.")
         if size is None:
             raise ConfigError(f"{name} needs images of one size: set data.image_size.")
-        halvings = len(model.channels) - 1 if model.network == "unet" else 0
+        halvings = len(model.channels) - 1 if model.network in ("unet", "conv_autoencoder") else 0
         require(
             size[0] % 2**halvings == 0 and size[1] % 2**halvings == 0,
             f"an image of {size[0]}x{size[1]} cannot be halved {halvings} times: with {name} and {halvings + 1} entries in "
             f"model.channels its sides must be multiples of {2**halvings}. Change data.image_size or model.channels.",
         )
         require(
-            model.network != "unet" or self.optimizer.name != "muon",
+            model.network not in ("unet", "conv_autoencoder") or self.optimizer.name != "muon",
             f"optimizer.name='muon' is for matrices of stacked layers, and {name} has none: use 'adamw' or 'lamb'.",
         )
         count = (size[0] // model.patch) * (size[1] // model.patch)
         require(
             count > 0 and layout.row_length % count == 0,
             f"layout.row_length={layout.row_length} must be a multiple of the {count} patches of an image with {name}.",
+        )
+
+    def _check_tokenizer(self) -> None:
+        model, settings = self.model, self.tokenizer
+        if model.network not in AUTOENCODERS:
+            require(
+                settings == Tokenizer(),
+                f"tokenizer: its fields are for model.network in {', '.join(map(repr, AUTOENCODERS))}, not {model.network!r}; "
+                "leave them at their defaults.",
+            )
+            return
+        require(
+            settings.latents == 0 or model.network == "vit_autoencoder",
+            f"tokenizer.latents={settings.latents} needs model.network='vit_autoencoder'; 0 is one code for each patch.",
+        )
+        require(
+            self.training.accumulate == 1,
+            f"training.accumulate={self.training.accumulate}: a codebook learns from whole batches; set it to 1.",
         )
 
     def _check_mesh(self) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from mmdiff import config
+from mmdiff.document import DataError
 
 Made = TypeVar("Made")
 
@@ -105,6 +106,18 @@ def _read_json(path: Path) -> config.Config:
         raise config.ConfigError(f"{path}: not a configuration: {error}") from error
     except config.ConfigError as error:
         raise config.ConfigError(f"{path}: {error}") from error
+
+
+def run_config(workdir: str | Path) -> config.Config:
+    """The configuration of a run.
+
+    Raises:
+      DataError: not the folder of a run.
+    """
+    file = Path(workdir) / "config.json"
+    if not file.is_file():
+        raise DataError(f"{workdir} holds no run: config.json not found. Train one: mmdiff train ... --workdir {workdir}")
+    return config.Config.from_json(file.read_text())
 
 
 def run_function(path: Path, function: str, kind: type[Made]) -> Made:

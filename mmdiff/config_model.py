@@ -20,6 +20,7 @@ def require(condition: bool, message: str) -> None:
 DENSE_LIMIT = 1024 * 1024  # queries times keys up to which model.attention="auto" takes the dense form
 
 # fields of Model that mean something to a rival of the transformer; the others must keep their defaults
+AUTOENCODERS = ("conv_autoencoder", "vit_autoencoder")
 HEEDED = ("network", "width", "depth", "patch", "head_width", "attention", "compute", "remat")
 
 
@@ -27,8 +28,9 @@ HEEDED = ("network", "width", "depth", "patch", "head_width", "attention", "comp
 class Model:
     """The network. Two GAU layers cost about one attention + SwiGLU layer."""
 
-    network: Literal["transfusion", "unet", "uvit", "dit"] = "transfusion"
-    """The others are rivals for images alone (they need layout.markers=False), in mmdiff/models/."""
+    network: Literal["transfusion", "unet", "uvit", "dit", "conv_autoencoder", "vit_autoencoder"] = "transfusion"
+    """The others are for images alone (they need layout.markers=False): rivals, in mmdiff/models/, and the autoencoders of
+    discrete tokenizers, in mmdiff/tokenizers/."""
     width: int = 256
     depth: int = 8
     patch: int = 4
@@ -79,7 +81,8 @@ class Model:
     products with parameters, `attention` those of attention alone, `full` nothing but the layer's input."""
 
     channels: tuple[int, ...] = (1, 2, 2, 2)
-    """unet: channels at each resolution, in units of `width`; `depth` is the number of residual blocks at each."""
+    """unet, conv_autoencoder: channels at each resolution, in units of `width`; `depth` is the number of residual blocks at
+    each."""
 
     def __post_init__(self):
         for name in ("width", "depth", "patch", "expansion", "key_width", "head_width"):
@@ -101,7 +104,7 @@ class Model:
             not self.step_input or self.time_embedding == "smooth",
             "model.step_input=True needs model.time_embedding='smooth': steps are learnt by differentiating in time.",
         )
-        if self.lossless and self.network != "unet":
+        if self.lossless and self.network not in ("unet", *AUTOENCODERS):
             require(
                 not 0 < self.bottleneck < values,
                 f"model.bottleneck={self.bottleneck} cannot hold a {self.patch}x{self.patch} patch losslessly: it needs "
@@ -129,7 +132,8 @@ class Model:
         require(self.rope_base > 1, f"model.rope_base={self.rope_base} must be above 1.")
 
     def _check_rival(self) -> None:
-        heeded = HEEDED + {"unet": ("channels",)}.get(self.network, ("lossless",))
+        convolutional = self.network in ("unet", "conv_autoencoder")
+        heeded = HEEDED + (("channels",) if convolutional else ("lossless",))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             require(
@@ -137,13 +141,20 @@ class Model:
                 f"model.{field.name}={value!r} has no meaning with model.network={self.network!r}; leave it at its default, "
                 f"{field.default!r}, or change model.network.",
             )
-        if self.network == "unet":
+        if convolutional:
             require(
                 bool(self.channels) and min(self.channels) >= 1,
                 f"model.channels={self.channels} must be positive, one or more.",
             )
             require(
-                self.width % 8 == 0, f"model.width={self.width} must be a multiple of 8: unet normalises groups of channels."
+                self.width % 8 == 0,
+                f"model.width={self.width} must be a multiple of 8: {self.network} normalises groups of channels.",
+            )
+            side = 2 ** (len(self.channels) - 1)
+            require(
+                self.network == "unet" or self.patch == side,
+                f"model.patch={self.patch} must be {side}, the pixels that one code stands for with "
+                f"{len(self.channels)} entries in model.channels; change one of them.",
             )
         else:
             require(

@@ -9,7 +9,20 @@ import pytest
 from mmdiff import config_files
 from mmdiff.cli import main as command
 from mmdiff.cli.train import override, take_option, unknown_field
-from mmdiff.config import Config, ConfigError, Data, Diffusion, FewStep, Layout, Mesh, Model, Optimizer, Sampling, Training
+from mmdiff.config import (
+    Config,
+    ConfigError,
+    Data,
+    Diffusion,
+    FewStep,
+    Layout,
+    Mesh,
+    Model,
+    Optimizer,
+    Sampling,
+    Tokenizer,
+    Training,
+)
 
 EVERYTHING = Config(
     name="all",
@@ -67,6 +80,8 @@ INVALID = [
     (lambda: Model(width=0), "model.width", "0"),
     (lambda: FewStep(share=0.0), "few_step.share", "0.0"),
     (lambda: FewStep(guidance=-1.0), "few_step.guidance", "-1.0"),
+    (lambda: Tokenizer(decay=1.0), "tokenizer.decay", "1.0"),
+    (lambda: Tokenizer(perceptual=0.5), "tokenizer.perceptual", "0.5"),
     (lambda: Model(depth=-1), "model.depth", "-1"),
     (lambda: Model(width=40, patch=4), "model.width", "40"),
     (lambda: Model(key_width=6), "model.key_width", "6"),
@@ -111,6 +126,7 @@ INVALID = [
     (lambda: Config(model=Model(time_embedding="table")), "model.time_embedding", "diffusion.schedule='ddpm'"),
     (lambda: Config(data=Data(image_size=(30, 32))), "data.image_size", "28x32"),
     (lambda: Config(data=Data(source="shapes", generator_image_size=30)), "data.generator_image_size", "model.patch=4"),
+    (lambda: Config(data=Data(source="probes", generator_image_size=66)), "data.generator_image_size", "model.patch=4"),
 ]
 REMEDY = re.compile(r"must|raise|lower|change|use|set|needs|resize|not divisible", re.IGNORECASE)
 

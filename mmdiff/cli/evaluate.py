@@ -98,8 +98,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = dataclasses.replace(model.cfg.data, path=arguments.data)
         source = open_source(dataclasses.replace(model.cfg, data=data), "validation")
     wanted = given(arguments, DRAWING)
+    tokenizer = model.cfg.model.network in config.AUTOENCODERS
+    if tokenizer and (wanted or arguments.ladder or arguments.weak):
+        parser.error(f"{arguments.workdir} holds a tokenizer, which draws nothing: leave out sampling options and --ladder")
     try:
-        model.options(**wanted)
+        if not tokenizer:
+            model.options(**wanted)
     except config.ConfigError as error:
         parser.error(str(error))
     task = Task(model, arguments.count, arguments.seed, wanted, phrases, source, comparison)
@@ -139,11 +143,14 @@ def climb(task, metrics: list[str] | None, solver: str | None, few: str | None) 
 
 
 def load(workdir: str, weak: str | None = None):
-    """The model of a run, with the weaker one of autoguidance; a run without a whole checkpoint is bad data."""
+    """The model of a run, with the weaker one of autoguidance, or its tokenizer; without a whole checkpoint it is bad data."""
     import mmdiff
+    from mmdiff.tokenizers.model import holds_tokenizer
     from mmdiff.training.checkpoint import CheckpointError
 
     try:
+        if holds_tokenizer(workdir):
+            return mmdiff.load_tokenizer(workdir)
         return mmdiff.load(workdir, weak=weak)
     except CheckpointError as error:
         raise mmdiff.DataError(str(error)) from error

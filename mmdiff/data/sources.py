@@ -3,6 +3,7 @@
     documents   a folder with documents.jsonl, or one written by `mmdiff prepare`
     shapes      the built-in generators: a document is a function of (seed, index)
     words
+    probes
     tfds        a TensorFlow Datasets name or folder in array_record form, read without TensorFlow
 
 Everything that can be wrong with the data is found when a source is opened, before the first training step.
@@ -57,7 +58,7 @@ def open_source(cfg: config.Config, split: Literal["train", "validation"]) -> So
       DataError: the data is missing or damaged; the message names file and line.
     """
     data = cfg.data
-    if data.source in ("shapes", "words"):
+    if data.source in ("shapes", "words", "probes"):
         return _open_generator(cfg, split)
     if not data.path:
         what = "a dataset name" if data.source == "tfds" else "a folder with documents.jsonl"
@@ -252,6 +253,7 @@ class GeneratorSource:
 
 def _open_generator(cfg: config.Config, split: Literal["train", "validation"]) -> GeneratorSource:
     """Training documents depend on training.seed; validation documents are the same for every seed."""
+    from mmdiff.data.probes import Probes
     from mmdiff.data.shapes import Shapes
     from mmdiff.data.words import Words
 
@@ -264,5 +266,9 @@ def _open_generator(cfg: config.Config, split: Literal["train", "validation"]) -
         "mix": data.generator,
         "split": data.split if train else data.validation_split,
     }
-    made = Shapes(max_objects=data.max_objects, **arguments) if data.source == "shapes" else Words(**arguments)
+    made: Any
+    if data.source == "shapes":
+        made = Shapes(max_objects=data.max_objects, **arguments)
+    else:
+        made = (Words if data.source == "words" else Probes)(**arguments)
     return GeneratorSource(made, data.source)

@@ -6,6 +6,8 @@
                 density_coverage, nearest_train_ratio
     shapes      caption_accuracy, image_accuracy, question_accuracy, edit_accuracy, interleaved_validity
     words       read_accuracy, write_accuracy
+    probes      probe_accuracy
+    tokenizers  psnr, ssim, code_use; and what compares sets of images, of what they give back
 
 A metric may report several numbers; means of scores come with their standard error, `<name>_stderr`.
 """
@@ -19,7 +21,7 @@ from mmdiff.data import shapes as shapes_data
 from mmdiff.data import words as words_data
 from mmdiff.data.sources import Source
 from mmdiff.document import Text
-from mmdiff.evaluation import sets, shapes, words
+from mmdiff.evaluation import probes, reconstruction, sets, shapes, words
 from mmdiff.evaluation.features import NAMES
 from mmdiff.evaluation.judge import phrases_drawn
 from mmdiff.evaluation.likelihood import image_bits_per_dim_ode
@@ -87,7 +89,10 @@ def measure(task: Task, metrics: Sequence[str] | None = None) -> dict[str, float
     """`evaluate`, for those who want to know afterwards what it rests on (mmdiff/evaluation/protocol.py)."""
     if task.count < 1:
         raise config.ConfigError(f"count={task.count} must be at least 1.")
-    task.model.options(**task.drawing)  # refuses what is wrong with them before anything is measured
+    if task.reconstructs:
+        config.require(not task.drawing, f"a tokenizer draws nothing: leave out {', '.join(task.drawing)}.")
+    else:
+        task.model.options(**task.drawing)  # refuses what is wrong with them before anything is measured
     sets.check(task.comparison, metrics or ())
     result: dict[str, float] = {}
     for name in chosen(task, metrics):
@@ -128,7 +133,7 @@ def _generated(generator: str, kind: str) -> Callable[[Task], bool]:
 
     def applies(task: Task) -> bool:
         data = task.model.cfg.data
-        return data.source == generator and dict(data.generator or default).get(kind, 0) > 0
+        return not task.reconstructs and data.source == generator and dict(data.generator or default).get(kind, 0) > 0
 
     return applies
 
@@ -143,8 +148,16 @@ def _has_image(task: Task) -> bool:
     return any(isinstance(segment, tuple) and segment[2] for segment in _segments(task))
 
 
+def _reconstructs(task: Task) -> bool:
+    return task.reconstructs
+
+
 def _has_both(task: Task) -> bool:
     return _has_text(task) and _has_image(task)
+
+
+def _denoises(task: Task) -> bool:
+    return not task.reconstructs and _has_image(task)
 
 
 def _segments(task: Task) -> Iterator[Text | tuple[int, int, bool]]:
@@ -167,21 +180,25 @@ METRICS = {
     "interleaved_validity": Metric(shapes.interleaved_validity, "stories about shapes", _generated("shapes", "story")),
     "read_accuracy": Metric(words.read_accuracy, "reading words", _generated("words", "read")),
     "write_accuracy": Metric(words.write_accuracy, "writing words", _generated("words", "draw")),
+    "probe_accuracy": Metric(probes.probe_accuracy, "questions about fine detail", lambda task: bool(probes.asked(task))),
     "text_bits_per_byte": Metric(text_bits_per_byte, "texts", _has_text),
     "x_error": Metric(
-        x_error, "|x_hat - x|^2 / |x|^2 of held-out images denoised at eight fixed noise levels, lower is better", _has_image
+        x_error, "|x_hat - x|^2 / |x|^2 of held-out images denoised at eight fixed noise levels, lower is better", _denoises
     ),
     "patch_grid_ratio": Metric(
         patch_grid_ratio, "steps across patch edges against those inside, generated over real, 1 is best", _grid_shows
     ),
-    "image_bits_per_dim": Metric(image_bits_per_dim, "a likelihood bound of images (slow)", _has_image, usual=False),
+    "image_bits_per_dim": Metric(image_bits_per_dim, "a likelihood bound of images (slow)", _denoises, usual=False),
     "image_bits_per_dim_ode": Metric(
-        image_bits_per_dim_ode, "likelihood of images under the sampler's ODE (very slow)", _has_image, usual=False
+        image_bits_per_dim_ode, "likelihood of images under the sampler's ODE (very slow)", _denoises, usual=False
     ),
     "phrase_accuracy": Metric(phrase_accuracy, "phrases that captions should name", _has_text, usual=False),
     "phrase_drawn": Metric(
         phrases_drawn, "phrases of prompts that a judge, trained on real images, sees in drawings", _has_both, usual=False
     ),
+    "psnr": Metric(reconstruction.psnr, "what a tokenizer gives back, decibels", _reconstructs),
+    "ssim": Metric(reconstruction.ssim, "the same by local structure, 1 is best", _reconstructs),
+    "code_use": Metric(reconstruction.code_use, "how a tokenizer uses its codes", _reconstructs),
     **{
         sets.frechet_name(name): _set_metric(sets.frechet(name), f"Frechet distance of generated and real images: {name}")
         for name in NAMES

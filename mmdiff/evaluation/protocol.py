@@ -19,8 +19,11 @@ def protocol(task: Task) -> dict[str, Any]:
         found |= {"generated": len(task.generated), "real": len(task.wanted), "pixels": "uint8"}
         found["prompts"] = "of the real images" if task.model.cfg.layout.markers else "none"
         found["image_sizes"] = [f"{height}x{width}" for height, width in sizes[:8]] + ["..."] * (len(sizes) > 8)
-    options = task.model.options(**task.drawing)
-    found |= {name: getattr(options, name) for name in ("solver", "steps", "grid", "guidance")}
+    if task.reconstructs:
+        found |= {"quantizer": task.model.cfg.tokenizer.quantizer, "codes": task.model.network.length}
+    else:
+        options = task.model.options(**task.drawing)
+        found |= {name: getattr(options, name) for name in ("solver", "steps", "grid", "guidance")}
     return found | task.notes
 
 

@@ -47,6 +47,17 @@ def sample_sheet(model, batches, path: str | Path | None, count: int = 8) -> np.
     return _save(stacked(bands), path)
 
 
+def reconstruction_sheet(tokenizer, batches, path: str | Path | None, count: int = 16) -> np.ndarray:
+    """Held-out images above what a tokenizer (mmdiff/tokenizers/model.py) gives back of them; as `sample_sheet`."""
+    real = [d.image.pixels for d in drawings(batches.source, tokenizer.cfg, count)]
+    made = tokenizer.reconstruct(real)
+    half, bands = -(-len(real) // 2), []
+    for start in range(0, len(real), half or 1):
+        for title, images in (("held out", real), ("given back", made)):
+            bands.append(band(title, [(pixels, "") for pixels in images[start : start + half]]))
+    return _save(stacked(bands), path)
+
+
 def _images_alone(model, source, count: int) -> PIL.Image.Image:
     """What a model without text draws, in rows of half of them, and held-out images of the same size."""
     wanted = drawings(source, model.cfg, count)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from mmdiff import config
 from mmdiff.data.batches import Batches
 from mmdiff.data.sources import Source, open_source
 from mmdiff.document import DataError, Document
@@ -79,8 +80,15 @@ class Task:
 
     @functools.cached_property
     def generated(self) -> list[np.ndarray]:
-        """What the model draws for `wanted`: uint8 [h, w, 3] each."""
+        """What the model draws for `wanted`, or a tokenizer gives back of their images: uint8 [h, w, 3] each."""
+        if self.reconstructs:
+            return list(self.model.reconstruct([drawing.image.pixels for drawing in self.wanted]))
         return self.draw(self.wanted)
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether this is about a tokenizer (mmdiff/tokenizers/model.py), not a model of documents."""
+        return self.model.cfg.model.network in config.AUTOENCODERS
 
     def once(self, name: str, make: Callable[[], T]) -> T:
         """What `make` returned when it was first asked for under this name."""

@@ -30,18 +30,21 @@ ATTENDED = (16, 8)  # longer sides of feature maps
 
 class Residual(nnx.Module):
     def __init__(self, inputs: int, outputs: int, time: int, rngs: nnx.Rngs, place: Placement):
+        """`time`: numbers that tell the noise time; 0: nothing is told."""
         self.norm_in, self.conv_in = GroupNorm(inputs), Conv(inputs, outputs, rngs, place)
-        self.modulation = Linear(time, (2, outputs), rngs, axes=(None, None, None), bias=True, place=place)
+        if time:
+            self.modulation = Linear(time, (2, outputs), rngs, axes=(None, None, None), bias=True, place=place)
         self.norm_out, self.conv_out = GroupNorm(outputs), Conv(outputs, outputs, rngs, place, gain=0.0)
         if inputs != outputs:
             self.straight = dense(inputs, outputs, rngs, place)
         self.changes = inputs != outputs
 
-    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, c: jax.Array | None = None) -> jax.Array:
         """x [n, h, w, inputs] at c = silu(time) [n, time] to [n, h, w, outputs]."""
-        scale, shift = parts(self.modulation(c[:, None, None]))
-        h = self.conv_in(jax.nn.silu(self.norm_in(x)))
-        h = self.norm_out(h) * (1 + scale) + shift
+        h = self.norm_out(self.conv_in(jax.nn.silu(self.norm_in(x))))
+        if c is not None:
+            scale, shift = parts(self.modulation(c[:, None, None]))
+            h = h * (1 + scale) + shift
         return (self.straight(x) if self.changes else x) + self.conv_out(jax.nn.silu(h))
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mmdiff import config
+from mmdiff.config_files import run_config
 from mmdiff.data.vocabulary import Vocabulary
 from mmdiff.diffusion import grids
 from mmdiff.document import IMG, DataError, Document, Image
@@ -211,9 +212,9 @@ def load(workdir: str | Path, *, ema: bool = True, step: int | None = None, weak
     from mmdiff.training.checkpoint import restore_params
 
     workdir = Path(workdir)
-    if not (workdir / "config.json").is_file():
-        raise DataError(f"{workdir} holds no run: config.json not found. Train one: mmdiff train ... --workdir {workdir}")
-    cfg = config.Config.from_json((workdir / "config.json").read_text())
+    cfg = run_config(workdir)
+    if cfg.model.network in config.AUTOENCODERS:
+        raise DataError(f"{workdir} holds an image tokenizer, which draws and reads nothing; see mmdiff.load_tokenizer.")
     vocabulary = Vocabulary.load(workdir / "vocabulary.model", cfg.layout.max_grid)
     params, meta = restore_params(workdir / "checkpoints", ema=ema, step=step)
     if meta["vocabulary"] != vocabulary.fingerprint:

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from mmdiff import config
 from mmdiff.layout import empty_row
 from mmdiff.models.network import Network
+from mmdiff.tokenizers.network import TokenizerNetwork
+from mmdiff.tokenizers.training import losses
 from mmdiff.training.step import few_step_sums, loss_sums
 
 
@@ -21,6 +23,8 @@ def training_flops(cfg: config.Config, vocabulary_size: int) -> float:
     evaluations of few-step training have no backward pass.
     """
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention="dense"))
+    if cfg.model.network in config.AUTOENCODERS:
+        return _tokenizer_flops(cfg)
     network = Network.of(cfg, vocabulary_size)
     params = jax.eval_shape(network.init, jax.random.key(0))
     row = empty_row(cfg.layout.row_length, network.patch_values)
@@ -30,6 +34,20 @@ def training_flops(cfg: config.Config, vocabulary_size: int) -> float:
     if cfg.few_step.objective == "none":
         return 3 * forward
     return 2 * forward + counted_flops(functools.partial(few_step_sums, network, cfg), params, rows, time, time, noise)
+
+
+def _tokenizer_flops(cfg: config.Config) -> float:
+    """The same of a tokenizer without its discriminator and its perceptual distance."""
+    plain = dataclasses.replace(cfg.tokenizer, adversarial=0.0, perceptual=0.0, perceptual_weights="")
+    network = TokenizerNetwork.of(dataclasses.replace(cfg, tokenizer=plain))
+    params, side = jax.eval_shape(network.init, jax.random.key(0)), cfg.model.patch
+    height, width = (count * side for count in network.grid)
+    count = cfg.training.batch_size * max(1, cfg.layout.row_length // (network.grid[0] * network.grid[1]))
+    images = jax.ShapeDtypeStruct((count, height, width, 3), jnp.float32)
+    weight = jax.ShapeDtypeStruct((count,), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    forward = lambda params, images, weight, key: losses(network, params, images, weight, key=key)
+    return 3 * counted_flops(forward, params, images, weight, key)
 
 
 def flops_by_hand(cfg: config.Config, vocabulary_size: int) -> float:

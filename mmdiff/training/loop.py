@@ -23,12 +23,14 @@ import jax
 import numpy as np
 
 from mmdiff import config
-from mmdiff.evaluation.sheets import sample_sheet
+from mmdiff.evaluation.sheets import reconstruction_sheet, sample_sheet
 from mmdiff.layout import Rows
 from mmdiff.parallel import distributed
 from mmdiff.parallel.chips import peak_flops
 from mmdiff.parallel.mesh import local_rows, make_mesh, place_rows
 from mmdiff.sampling.generate import Model
+from mmdiff.tokenizers.model import Tokenizer
+from mmdiff.tokenizers.network import TokenizerNetwork
 from mmdiff.training import flops, guard
 from mmdiff.training.checkpoint import Checkpoints
 from mmdiff.training.goodput import Goodput
@@ -153,7 +155,7 @@ class _Loop:
         return validation
 
     def _validated(self, step: int) -> bool:
-        return any(record["step"] == step and "x_error" in record for record in read_metrics(self.workdir))
+        return any(record["step"] == step and {"x_error", "psnr"} & record.keys() for record in read_metrics(self.workdir))
 
     def _batches(self, start: int) -> Iterator[Rows]:
         """Global batches of the steps from `start` on; every process reads only its own rows of them."""
@@ -197,10 +199,16 @@ class _Loop:
             validation = validate(run.network, run.cfg, state.ema, run.validation, settings.validation_rows, self._between)
             self.metrics.write(step, validation | {"seconds": time.monotonic() - self.begin})
         if _due(step, settings.sample_every, settings.steps):
-            model = Model(run.cfg, state.ema, run.vocabulary, run.mesh, between=self._between)
             path = self.workdir / "samples" / f"{step:07d}.png" if distributed.is_first() else None
-            self.metrics.image(step, "samples", sample_sheet(model, run.validation or run.train, path))
+            self.metrics.image(step, "samples", self._sheet(state, path))
         return validation
+
+    def _sheet(self, state: TrainState, path: Path | None) -> np.ndarray:
+        run = self.run
+        batches = run.validation or run.train
+        if isinstance(run.network, TokenizerNetwork):
+            return reconstruction_sheet(Tokenizer(run.cfg, state.ema, run.mesh), batches, path)
+        return sample_sheet(Model(run.cfg, state.ema, run.vocabulary, run.mesh, between=self._between), batches, path)
 
     def _between(self) -> None:
         """Called between the pieces of validation and sampling."""

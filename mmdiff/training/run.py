@@ -16,6 +16,7 @@ from mmdiff.data.sources import Source, open_source, open_vocabulary
 from mmdiff.data.vocabulary import Vocabulary
 from mmdiff.models.network import Network
 from mmdiff.parallel.distributed import is_first
+from mmdiff.tokenizers.network import TokenizerNetwork
 from mmdiff.training import state as train_state
 from mmdiff.training.checkpoint import restore_params
 from mmdiff.training.optimizer import make_optimizer
@@ -30,7 +31,7 @@ class Run:
     vocabulary: Vocabulary
     train: Batches
     validation: Batches | None
-    network: Network
+    network: Network | TokenizerNetwork
     tx: optax.GradientTransformation
     schedule: optax.Schedule
     mesh: Mesh
@@ -79,7 +80,15 @@ def build(cfg: config.Config, workdir: Path, mesh: Mesh) -> Run:
     validation = Batches(held_out, vocabulary, cfg, learn=False) if len(held_out) else None
     tx, schedule = make_optimizer(cfg.optimizer, cfg.training.steps)
     train = Batches(source, vocabulary, cfg)
-    return Run(cfg, vocabulary, train, validation, Network.of(cfg, vocabulary.size, mesh), tx, schedule, mesh)
+    network = make_network(cfg, vocabulary.size, mesh)
+    return Run(cfg, vocabulary, train, validation, network, tx, schedule, mesh)
+
+
+def make_network(cfg: config.Config, vocabulary_size: int, mesh: Mesh | None = None) -> Network | TokenizerNetwork:
+    """The network of a configuration."""
+    if cfg.model.network in config.AUTOENCODERS:
+        return TokenizerNetwork.of(cfg, mesh)
+    return Network.of(cfg, vocabulary_size, mesh)
 
 
 def find_vocabulary(cfg: config.Config, source: Source, workdir: Path) -> Vocabulary:

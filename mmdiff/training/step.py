@@ -31,6 +31,8 @@ from mmdiff.diffusion.schedule import make_schedule
 from mmdiff.diffusion.times import sample_times
 from mmdiff.layout import Rows, without_words
 from mmdiff.models.network import Network
+from mmdiff.tokenizers.network import TokenizerNetwork
+from mmdiff.tokenizers.training import make_tokenizer_step
 from mmdiff.training.guard import apply_guarded
 from mmdiff.training.state import TrainState
 
@@ -173,7 +175,11 @@ def combine(losses: Losses, diffusion: config.Diffusion) -> tuple[jax.Array, dic
 
 
 def compile_train_step(
-    network: Network, cfg: config.Config, tx: optax.GradientTransformation, state: TrainState, rows: Rows
+    network: Network | TokenizerNetwork,
+    cfg: config.Config,
+    tx: optax.GradientTransformation,
+    state: TrainState,
+    rows: Rows,
 ) -> jax.stages.Compiled:
     """`make_train_step` compiled for these arguments (arrays or ShapeDtypeStructs); the state is donated."""
     stays = None
@@ -189,13 +195,15 @@ def compile_train_step(
 
 
 def make_train_step(
-    network: Network, cfg: config.Config, tx: optax.GradientTransformation
+    network: Network | TokenizerNetwork, cfg: config.Config, tx: optax.GradientTransformation
 ) -> Callable[[TrainState, Rows], tuple[TrainState, dict[str, jax.Array]]]:
     """The pure step `(state, rows) -> (state, metrics)`; jit it with the state donated.
 
     With `training.accumulate` = n the batch is worked through in n pieces whose gradients add up to exactly the
     gradient of the whole batch: every piece is divided by the weights of the whole batch.
     """
+    if isinstance(network, TokenizerNetwork):
+        return make_tokenizer_step(network, cfg, tx)
     pieces, diffusion, few_step = cfg.training.accumulate, cfg.diffusion, cfg.few_step.objective != "none"
 
     def train_step(state: TrainState, rows: Rows):

@@ -21,6 +21,8 @@ from mmdiff.diffusion.schedule import time_of
 from mmdiff.layout import Rows
 from mmdiff.models.network import Network
 from mmdiff.parallel.mesh import place_rows
+from mmdiff.tokenizers import validate as tokenizers
+from mmdiff.tokenizers.network import TokenizerNetwork
 from mmdiff.training.step import Losses, combine, corrupt, loss_sums, normalise
 
 SIGMAS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -43,17 +45,20 @@ def measure(network: Network, diffusion: config.Diffusion, params: Any, rows: Ro
 
 
 def validate(
-    network: Network,
+    network: Network | TokenizerNetwork,
     cfg: config.Config,
     params: Any,
     batches: Batches,
     rows: int,
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Losses, `text_bits_per_byte` and `x_error` (mean over SIGMAS, and by level) on the first `rows` held-out rows.
+    """Losses, `text_bits_per_byte` and `x_error` (mean over SIGMAS, and by level) on the first `rows` held-out rows; of
+    tokenizers what mmdiff/tokenizers/validate.py says.
 
     `between` is called before each batch.
     """
+    if isinstance(network, TokenizerNetwork):
+        return tokenizers.validate(network, cfg, params, batches, rows, between)
     size = cfg.training.batch_size
     count = max(1, min(rows, batches.rows_per_epoch()) // size)
     nothing = jnp.zeros((), jnp.float32)

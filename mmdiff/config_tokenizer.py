@@ -1,0 +1,63 @@
+"""Configuration of discrete image tokenizers (a part of mmdiff/config.py)."""
+
+import dataclasses
+from typing import Literal
+
+from mmdiff.config_model import require
+
+Name = Literal["vq", "simvq", "fsq", "lfq", "none"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """What stands between the halves of an autoencoder (model.network="conv_autoencoder" or "vit_autoencoder"), and its loss
+    (mmdiff/tokenizers/)."""
+
+    quantizer: Name = "vq"
+    """`none`: the continuous twin, whose codes are real numbers: what the halves could do without quantisation."""
+    codes: int = 1024
+    """vq, simvq: size of the codebook."""
+    code_width: int = 8
+    """vq, simvq, none: numbers of a code. lfq: its bits."""
+    levels: tuple[int, ...] = (8, 5, 5, 5)
+    """fsq: values of each number of a code."""
+    latents: int = 0
+    """vit_autoencoder: this many codes for the image as a whole; 0: one for each patch."""
+    update: Literal["ema", "loss"] = "ema"
+    """vq: how the codebook learns."""
+    normalise: bool = True
+    """vq: compare directions only."""
+    gradient: Literal["straight_through", "rotation"] = "straight_through"
+    """vq: what the encoder is told."""
+    decay: float = 0.99
+    """vq with update="ema": of the moving average."""
+    restart: float = 0.1
+    """vq with update="ema": a code used less than this share of the average starts anew; 0: never."""
+    commitment: float = 0.25
+    """vq, simvq, lfq: weight of the distance from the encoder's output to its code."""
+    entropy: float = 0.1
+    """lfq: weight of the entropy term."""
+    error: Literal["l1", "l2"] = "l2"
+    adversarial: float = 0.0
+    """Weight of the discriminator's opinion, relative to the gradient of the rest at the last layer; 0: no discriminator."""
+    adversarial_start: int = 0
+    """Steps before the discriminator counts and learns."""
+    perceptual: float = 0.0
+    """Weight of the distance in features of `perceptual_weights`."""
+    perceptual_weights: str = ""
+    """File of VGG-16 weights (a .npz or .safetensors), which the user supplies."""
+
+    def __post_init__(self):
+        for name in ("codes", "code_width"):
+            value = getattr(self, name)
+            require(value >= 1, f"tokenizer.{name}={value} must be at least 1.")
+        require(self.latents >= 0, f"tokenizer.latents={self.latents} must not be negative (0: one code for each patch).")
+        require(0 <= self.decay < 1, f"tokenizer.decay={self.decay} must be in [0, 1).")
+        for name in ("restart", "commitment", "entropy", "adversarial", "adversarial_start", "perceptual"):
+            value = getattr(self, name)
+            require(value >= 0, f"tokenizer.{name}={value} must not be negative.")
+        require(
+            (self.perceptual > 0) == bool(self.perceptual_weights),
+            f"tokenizer.perceptual={self.perceptual} and tokenizer.perceptual_weights={self.perceptual_weights!r} go together: "
+            "set both or neither.",
+        )

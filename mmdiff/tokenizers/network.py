@@ -1,0 +1,181 @@
+"""A tokenizer without its parameters: the network that the training loop sees, and the module it makes.
+
+Parameters are a plain nested dict with the parts
+
+    encoder, decoder      the halves of the autoencoder (conv.py or vit.py)
+    quantizer             what the quantizer learns by gradient (quantizers/)
+    codebook              what it keeps besides: no gradient, no optimiser, no average ever touches it
+    discriminator         with tokenizer.adversarial > 0
+
+Images are float32 [n, h, w, 3] in [-1, 1], all of one size; rows of images alone (layout.markers=False) hold them whole.
+Letters: n images, l codes of an image, c numbers of a code.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import einops
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from mmdiff import config
+from mmdiff.layout import Rows
+from mmdiff.parallel.sharding import Placement
+from mmdiff.tokenizers import conv, vit
+from mmdiff.tokenizers.discriminator import Discriminator
+from mmdiff.tokenizers.quantizers.base import Quantized, Quantizer
+from mmdiff.tokenizers.quantizers.fsq import FSQ
+from mmdiff.tokenizers.quantizers.lfq import LFQ
+from mmdiff.tokenizers.quantizers.none import Continuous
+from mmdiff.tokenizers.quantizers.simvq import SimVQ
+from mmdiff.tokenizers.quantizers.vq import VQ
+
+UNTRAINED = "codebook"
+
+
+def make_quantizer(settings: config.Tokenizer) -> Quantizer:
+    """The quantizer of a configuration."""
+    match settings.quantizer:
+        case "vq":
+            learnt = settings.update == "loss"
+            return VQ(
+                settings.codes,
+                settings.code_width,
+                decay=settings.decay,
+                commitment=settings.commitment,
+                normalise=settings.normalise,
+                restart=0.0 if learnt else settings.restart,
+                gradient=settings.gradient,
+                update=settings.update,
+            )
+        case "simvq":
+            return SimVQ(settings.codes, settings.code_width, commitment=settings.commitment)
+        case "fsq":
+            return FSQ(settings.levels)
+        case "lfq":
+            return LFQ(settings.code_width, entropy=settings.entropy, commitment=settings.commitment)
+        case "none":
+            return Continuous(settings.code_width)
+
+
+class Autoencoder(nnx.Module):
+    """The parts that are modules."""
+
+    def __init__(self, network: "TokenizerNetwork", rngs: nnx.Rngs):
+        cfg, settings, grid, place = network.cfg, network.tokenizer, network.grid, network.place
+        width = network.quantizer.width
+        self.encoder: conv.Encoder | vit.Encoder
+        self.decoder: conv.Decoder | vit.Decoder
+        if cfg.network == "conv_autoencoder":
+            self.encoder = conv.Encoder(cfg, width, rngs, place)
+            self.decoder = conv.Decoder(cfg, grid, width, rngs, place)
+        else:
+            self.encoder = vit.Encoder(cfg, grid, settings.latents, width, rngs, place)
+            self.decoder = vit.Decoder(cfg, grid, settings.latents, width, rngs, place)
+        if settings.adversarial:
+            self.discriminator = Discriminator(cfg, rngs, place)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """A tokenizer with its parameters, for use inside jit."""
+
+    module: Autoencoder
+    quantizer: Quantizer
+    params: Any
+    codebook: Any
+
+    def encode(self, images: jax.Array) -> jax.Array:
+        """[n, h, w, 3] to what is quantised, float32 [n, l, c]."""
+        return self.module.encoder(images)
+
+    def quantise(self, z: jax.Array, *, train: bool = False, key=None, weight=None, restart=True) -> Quantized:
+        """[n, l, c]; `weight` [n, l]: which of them count; `restart`: see Quantizer."""
+        return self.quantizer(self.params, self.codebook, z, train=train, key=key, weight=weight, restart=restart)
+
+    def codes(self, ids: jax.Array) -> jax.Array:
+        """int32 [n, l] to [n, l, c]."""
+        return self.quantizer.decode(self.params, self.codebook, ids)
+
+    def decode(self, codes: jax.Array) -> jax.Array:
+        """[n, l, c] to images [n, h, w, 3]."""
+        return self.module.decoder.pixels(self.module.decoder.features(codes))
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerNetwork:
+    """See above; what `Network` is to models of documents."""
+
+    cfg: config.Model
+    tokenizer: config.Tokenizer
+    grid: tuple[int, int]
+    """Rows and columns of patches of every image."""
+    mesh: Mesh | None = None
+    vocabulary_size = 0
+
+    @classmethod
+    def of(cls, cfg: config.Config, mesh: Mesh | None = None) -> "TokenizerNetwork":
+        if cfg.fixed_size is None:
+            raise config.ConfigError(f"model.network={cfg.model.network!r} needs images of one size: set data.image_size.")
+        height, width = cfg.fixed_size
+        return cls(cfg.model, cfg.tokenizer, (height // cfg.model.patch, width // cfg.model.patch), mesh)
+
+    @property
+    def quantizer(self) -> Quantizer:
+        return make_quantizer(self.tokenizer)
+
+    @property
+    def length(self) -> int:
+        """Codes of an image."""
+        return self.tokenizer.latents or self.grid[0] * self.grid[1]
+
+    @property
+    def bits(self) -> float:
+        """Nominal bits of an image: its codes times the logarithm of how many there are."""
+        return self.length * self.quantizer.bits
+
+    @property
+    def patch_values(self) -> int:
+        return 3 * self.cfg.patch**2
+
+    @property
+    def place(self) -> Placement:
+        return Placement(self.mesh)
+
+    def _module(self, key=0) -> Autoencoder:
+        return Autoencoder(self, nnx.Rngs(params=key))
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Fresh parameters."""
+        params, codebook = self.quantizer.init(jax.random.fold_in(key, 1))
+        return nnx.to_pure_dict(nnx.state(self._module(key))) | {"quantizer": params, UNTRAINED: codebook}
+
+    @functools.lru_cache  # noqa: B019  networks are few
+    def axes(self) -> dict[str, Any]:
+        """The names of every parameter's axes: none, tokenizers are split by rows only."""
+        shapes = jax.eval_shape(self.init, jax.random.key(0))
+        return jax.tree.map(lambda leaf: (None,) * leaf.ndim, shapes)
+
+    def stored(self, params: dict[str, Any]) -> dict[str, Any]:
+        """As of `Network.stored`."""
+        return jax.tree.map(lambda leaf: self.place(leaf, *(None,) * leaf.ndim), params)
+
+    def bind(self, params: dict[str, Any]) -> Bound:
+        """The tokenizer with these parameters."""
+        modules = {name: part for name, part in params.items() if name not in ("quantizer", UNTRAINED)}
+        module = nnx.merge(nnx.graphdef(nnx.eval_shape(self._module)), modules)
+        empty: dict[str, Any] = {}  # a checkpoint keeps no empty parts
+        return Bound(module, self.quantizer, params.get("quantizer", empty), params.get(UNTRAINED, empty))
+
+    def images(self, rows: Rows) -> tuple[jax.Array, jax.Array]:
+        """Images float32 [n, h, w, 3] of rows, and which of them are no padding, float32 [n]."""
+        count, length = self.grid[0] * self.grid[1], rows.tokens.shape[1]
+        missing = -length % count
+        patches = jnp.pad(jnp.asarray(rows.patches), ((0, 0), (0, missing), (0, 0))).astype(jnp.float32) / 127.5 - 1.0
+        side = {"rows": self.grid[0], "cols": self.grid[1], "p": self.cfg.patch, "q": self.cfg.patch}
+        order = "b (n rows cols) (p q c) -> (b n) (rows p) (cols q) c"
+        real = jnp.pad(jnp.asarray(rows.is_patch), ((0, 0), (0, missing)))[:, ::count].reshape(-1)
+        return self.place(einops.rearrange(patches, order, **side), "rows", None, None, None), real.astype(jnp.float32)
