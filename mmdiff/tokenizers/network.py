@@ -26,7 +26,7 @@ from mmdiff.layout import Rows
 from mmdiff.parallel.sharding import Placement
 from mmdiff.tokenizers import conv, vit
 from mmdiff.tokenizers.discriminator import Discriminator
-from mmdiff.tokenizers.quantizers.base import Quantized, Quantizer
+from mmdiff.tokenizers.quantizers.base import Learning, Quantized, Quantizer
 from mmdiff.tokenizers.quantizers.fsq import FSQ
 from mmdiff.tokenizers.quantizers.lfq import LFQ
 from mmdiff.tokenizers.quantizers.none import Continuous
@@ -92,9 +92,9 @@ class Bound:
         """[n, h, w, 3] to what is quantised, float32 [n, l, c]."""
         return self.module.encoder(images)
 
-    def quantise(self, z: jax.Array, *, train: bool = False, key=None, weight=None, restart=True) -> Quantized:
-        """[n, l, c]; `weight` [n, l]: which of them count; `restart`: see Quantizer."""
-        return self.quantizer(self.params, self.codebook, z, train=train, key=key, weight=weight, restart=restart)
+    def quantise(self, z: jax.Array, learning: Learning | None = None) -> Quantized:
+        """[n, l, c], as of `Quantizer`."""
+        return self.quantizer(self.params, self.codebook, z, learning)
 
     def codes(self, ids: jax.Array) -> jax.Array:
         """int32 [n, l] to [n, l, c]."""

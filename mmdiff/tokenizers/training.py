@@ -26,6 +26,7 @@ from mmdiff import config
 from mmdiff.layout import Rows
 from mmdiff.tokenizers.discriminator import balance, judged, perceptual, read_vgg
 from mmdiff.tokenizers.network import UNTRAINED, Bound, TokenizerNetwork
+from mmdiff.tokenizers.quantizers.base import Learning
 from mmdiff.training.guard import apply_guarded
 from mmdiff.training.state import TrainState
 
@@ -66,7 +67,7 @@ def losses(
     mean = lambda per_image: jnp.sum(per_image * weight) / total
     z = model.encode(images)
     counts = jnp.broadcast_to(weight[:, None], z.shape[:2])
-    quantised = model.quantise(z, train=True, key=key, weight=counts, restart=restart)
+    quantised = model.quantise(z, Learning(key, counts, restart))
     features = model.module.decoder.features(quantised.codes)
     made = model.module.decoder.pixels(features)
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from mmdiff import config
 from mmdiff.parallel.mesh import make_mesh, place_rows, replicated
+from mmdiff.tokenizers.quantizers.base import Learning
 from mmdiff.tokenizers.quantizers.vq import VQ
 
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -27,7 +28,7 @@ def learn(devices, rows: int = BATCH) -> dict:
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def update(state, z, weight, key):
-        new = QUANTIZER({}, state, z, key=key, train=True, weight=weight).state
+        new = QUANTIZER({}, state, z, Learning(key, weight)).state
         return new, ((new["counts"] > 0) & (new["sums"] == new["counts"][:, None] * new["codes"]).all(-1)).sum()
 
     state = jax.device_put(QUANTIZER.init(jax.random.key(0))[1], replicated(mesh))

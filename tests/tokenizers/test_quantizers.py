@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from mmdiff.config import ConfigError
 from mmdiff.tokenizers import codebook
-from mmdiff.tokenizers.quantizers.base import straight_through
+from mmdiff.tokenizers.quantizers.base import Learning, straight_through
 from mmdiff.tokenizers.quantizers.fsq import FSQ, LEVELS
 from mmdiff.tokenizers.quantizers.lfq import LFQ, entropy_gap
 from mmdiff.tokenizers.quantizers.rotation import rotate_to
@@ -40,7 +40,7 @@ each = pytest.mark.parametrize("quantizer", ALL, ids=str)
 
 @functools.partial(jax.jit, static_argnames=("quantizer", "train"))
 def quantise(quantizer, params, state, z, key=None, train=True, weight=None):
-    return quantizer(params, state, z, key=key, train=train, weight=weight)
+    return quantizer(params, state, z, Learning(key, weight) if train else None)
 
 
 def made(quantizer, seed=0):
@@ -105,7 +105,7 @@ def gradients(quantizer, of):
     params, state, z = made(quantizer)
 
     def number(params, state, z):
-        return of(quantizer(params, state, z, key=jax.random.key(0), train=True))
+        return of(quantizer(params, state, z, Learning(jax.random.key(0))))
 
     return jax.jit(jax.grad(number, (0, 1, 2)))(params, state, z)
 
@@ -253,7 +253,7 @@ def test_a_restarted_code_is_a_vector_of_the_batch_with_an_average_following(nor
     weight = jnp.asarray([[1, 1, 0], [1, 1, 0]])
     new = quantise(quantizer, {}, state, z, jax.random.key(2), weight=weight).state
     plain = quantise(VQ(13, 4, normalise=normalise, restart=0), {}, state, z, weight=weight).state
-    off = jax.jit(lambda on: quantizer({}, state, z, key=jax.random.key(2), train=True, weight=weight, restart=on).state)
+    off = jax.jit(lambda on: quantizer({}, state, z, Learning(jax.random.key(2), weight, on)).state)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), off(jnp.asarray(False)), plain)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), off(jnp.asarray(True)), new)
     changed = np.flatnonzero(np.any(new["codes"] != plain["codes"], axis=-1))
@@ -295,10 +295,10 @@ def learn_clusters(quantizer, steps=100):
         return near + 0.02 * jax.random.normal(noise, near.shape)
 
     def update(step, state):
-        return quantizer({}, state, vectors(step), key=jax.random.fold_in(jax.random.key(2), step), train=True).state
+        return quantizer({}, state, vectors(step), Learning(jax.random.fold_in(jax.random.key(2), step))).state
 
     state = jax.lax.fori_loop(0, steps, update, quantizer.init(jax.random.key(3))[1])
-    used = codebook.usage(codebook.counts(quantizer({}, state, vectors(10**6, 4096), train=False).ids, quantizer.size))
+    used = codebook.usage(codebook.counts(quantizer({}, state, vectors(10**6, 4096)).ids, quantizer.size))
     codes = quantizer.decode({}, state, jnp.arange(quantizer.size))
     return used, jnp.linalg.norm(points[:, None] - codes, axis=-1).min(1).max()
 
@@ -320,11 +320,11 @@ def learn_by_gradient(quantizer, steps=200):
         return jnp.asarray([1, 1, 0.1, 0.1]) * jax.random.normal(key, (count, quantizer.width))
 
     def update(step, params):
-        gradient = jax.grad(lambda params: quantizer(params, state, vectors(step), train=True).loss)(params)
+        gradient = jax.grad(lambda params: quantizer(params, state, vectors(step), Learning()).loss)(params)
         return jax.tree.map(lambda p, g: p - 0.5 * g, params, gradient)
 
     def error(params):
-        out = quantizer(params, state, held_out, train=False)
+        out = quantizer(params, state, held_out)
         return jnp.square(held_out - out.codes).mean(), codebook.usage(codebook.counts(out.ids, quantizer.size))
 
     held_out = vectors(10**6, 4096)

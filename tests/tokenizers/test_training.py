@@ -17,6 +17,7 @@ from mmdiff.tokenizers import discriminator
 from mmdiff.tokenizers.discriminator import balance, judged, perceptual, read_vgg
 from mmdiff.tokenizers.model import Tokenizer as Trained
 from mmdiff.tokenizers.network import TokenizerNetwork
+from mmdiff.tokenizers.quantizers.base import Learning
 from mmdiff.tokenizers.training import losses, make_tokenizer_step
 from mmdiff.training import state as train_state
 from mmdiff.training.optimizer import make_optimizer
@@ -53,7 +54,7 @@ def scaled(images):
     return jnp.asarray(images, jnp.float32) / 127.5 - 1
 
 
-@pytest.mark.parametrize(("model", "name"), [("conv", "vq"), *(("vit", name) for name in QUANTIZERS)])
+@pytest.mark.parametrize(("model", "name"), [("conv", "vq"), ("vit", "simvq"), ("vit", "none")])
 def test_every_tokenizer_learns_to_give_back_what_it_sees(model, name):
     cfg = experiment(model, QUANTIZERS[name])
     network, tx, state = setup(cfg)
@@ -74,7 +75,7 @@ def test_rows_hold_whole_images_and_padding_is_none():
     np.testing.assert_array_equal(np.rint((np.asarray(found[:3]) + 1) * 127.5), images)
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("name", ["vq", "lfq"])
 def test_padding_changes_nothing(name):
     cfg = experiment("vit", QUANTIZERS[name])
     network = TokenizerNetwork.of(cfg)
@@ -88,11 +89,17 @@ def test_padding_changes_nothing(name):
     assert run(images, weight)[0] != run(images, jnp.ones(4))[0]  # the control: it does count with a weight
 
 
-def test_a_codebook_is_changed_by_its_own_rule_alone():
+@pytest.fixture(scope="module")
+def started():
+    """(network, state, rows, compiled step) of a tokenizer whose optimiser decays weights."""
     cfg = experiment("vit")
     cfg = dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, weight_decay=0.1))
     network, tx, state = setup(cfg)
-    rows = rows_of(cfg, pixels(4))
+    return network, state, rows_of(cfg, pixels(4)), jax.jit(make_tokenizer_step(network, cfg, tx))
+
+
+def test_a_codebook_is_changed_by_its_own_rule_alone(started):
+    network, state, rows, step = started
     images, weight = network.images(rows)
     key = jax.random.fold_in(jax.random.fold_in(state.key, 0), 3)
     grads = jax.jit(jax.grad(lambda p: losses(network, p, images, weight, key=key)[0]))(state.params)
@@ -102,24 +109,20 @@ def test_a_codebook_is_changed_by_its_own_rule_alone():
     @jax.jit
     def by_its_rule(params):
         model = network.bind(params)
-        return model.quantise(model.encode(images), train=True, key=key, weight=jnp.ones((4, 8))).state
+        return model.quantise(model.encode(images), Learning(key, jnp.ones((4, 8)))).state
 
-    expected = by_its_rule(state.params)
-    after, _ = jax.jit(make_tokenizer_step(network, cfg, tx))(state, rows)
+    expected, (after, _) = by_its_rule(state.params), step(state, rows)
     for tree in (after.params, after.ema):
         for name, leaf in expected.items():
             np.testing.assert_allclose(tree["codebook"][name], leaf, rtol=1e-5, atol=1e-6)
     assert not np.allclose(after.params["codebook"]["codes"], state.params["codebook"]["codes"])
 
 
-def test_a_step_that_is_not_finite_leaves_the_codebook_too():
-    cfg = experiment("vit")
-    network, tx, state = setup(cfg)
-    rows = rows_of(cfg, pixels(4))
+def test_a_step_that_is_not_finite_leaves_the_codebook_too(started):
+    _, state, rows, step = started
     broken = jax.tree.map(lambda a: a, state.params)
     broken["encoder"]["patch_in"]["bias"] = jnp.full_like(broken["encoder"]["patch_in"]["bias"], jnp.nan)
-    broken = dataclasses.replace(state, params=broken)
-    after, metrics = jax.jit(make_tokenizer_step(network, cfg, tx))(broken, rows)
+    after, metrics = step(dataclasses.replace(state, params=broken), rows)
     assert int(metrics["skipped"]) == 1
     for old, new in zip(jax.tree.leaves(state.params["codebook"]), jax.tree.leaves(after.params["codebook"]), strict=True):
         np.testing.assert_array_equal(old, new)
@@ -143,7 +146,7 @@ def test_gradients_are_those_of_the_written_out_loss(contest):
 
     def made_by(params):
         model = network.bind(params)
-        return model.decode(model.quantise(model.encode(images), train=True).codes), model.module.discriminator
+        return model.decode(model.quantise(model.encode(images), Learning()).codes), model.module.discriminator
 
     mean = lambda each: jnp.sum(each.reshape(len(each), -1).mean(-1) * weight) / weight.sum()
     error = lambda p: mean(jnp.square(made_by(p)[0] - images))

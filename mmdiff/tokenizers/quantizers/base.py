@@ -22,6 +22,17 @@ import jax.numpy as jnp
 Arrays = dict[str, jax.Array]
 
 
+class Learning(NamedTuple):
+    """That a quantizer is to learn from this batch."""
+
+    key: jax.Array | None = None
+    """Of what is drawn at random; the same on all devices."""
+    weight: jax.Array | None = None
+    """[...]; padding (weight 0) gets an id but no say in the loss and the state. None: all count."""
+    restart: jax.Array | bool = True
+    """Whether dead codes may start anew now."""
+
+
 class Quantized(NamedTuple):
     """What a quantizer makes of a batch."""
 
@@ -32,7 +43,7 @@ class Quantized(NamedTuple):
     loss: jax.Array
     """float32 []: all terms, weighted and added."""
     state: Arrays
-    """The state after this batch; as it was given with train=False."""
+    """The state after this batch; as it was given without learning."""
 
 
 class Quantizer(Protocol):
@@ -53,19 +64,8 @@ class Quantizer(Protocol):
     def init(self, key: jax.Array) -> tuple[Arrays, Arrays]:
         """(params, state); either may be empty."""
 
-    def __call__(
-        self,
-        params: Arrays,
-        state: Arrays,
-        z: jax.Array,
-        *,
-        key: jax.Array | None = None,
-        train: bool,
-        weight: jax.Array | None = None,
-        restart: jax.Array | bool = True,
-    ) -> Quantized:
-        """Quantise z, of any float type; padding (weight 0) gets an id but no say in the loss and the state.
-        `restart`: whether dead codes may start anew now."""
+    def __call__(self, params: Arrays, state: Arrays, z: jax.Array, learning: Learning | None = None) -> Quantized:
+        """Quantise z, of any float type; without `learning` the loss counts everything and the state stays."""
 
     def decode(self, params: Arrays, state: Arrays, ids: jax.Array) -> jax.Array:
         """Codes float32 [..., d] of ids."""

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdiff.config import require
-from mmdiff.tokenizers.quantizers.base import Arrays, Quantized, straight_through
+from mmdiff.tokenizers.quantizers.base import Arrays, Learning, Quantized, straight_through
 
 LEVELS = {
     256: (8, 6, 5),
@@ -65,17 +65,7 @@ class FSQ:
     def init(self, key: jax.Array) -> tuple[Arrays, Arrays]:
         return {}, {}
 
-    def __call__(
-        self,
-        params: Arrays,
-        state: Arrays,
-        z: jax.Array,
-        *,
-        key: jax.Array | None = None,
-        train: bool,
-        weight: jax.Array | None = None,
-        restart: jax.Array | bool = True,
-    ) -> Quantized:
+    def __call__(self, params: Arrays, state: Arrays, z: jax.Array, learning: Learning | None = None) -> Quantized:
         """See Quantizer; nothing but z makes a difference."""
         bounded = self._bounded(jnp.asarray(z, jnp.float32))
         ids = ((jnp.round(bounded).astype(jnp.int32) + self._below) * self._steps).sum(-1, dtype=jnp.int32)

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from mmdiff.config import require
-from mmdiff.tokenizers.quantizers.base import Arrays, Quantized, mean, squared_error, straight_through
+from mmdiff.tokenizers.quantizers.base import Arrays, Learning, Quantized, mean, squared_error, straight_through
 
 SMALLEST = 1e-7  # a mean probability is kept this far from 0 and 1, where h has no finite slope
 
@@ -53,19 +53,9 @@ class LFQ:
     def init(self, key: jax.Array) -> tuple[Arrays, Arrays]:
         return {}, {}
 
-    def __call__(
-        self,
-        params: Arrays,
-        state: Arrays,
-        z: jax.Array,
-        *,
-        key: jax.Array | None = None,
-        train: bool,
-        weight: jax.Array | None = None,
-        restart: jax.Array | bool = True,
-    ) -> Quantized:
-        """See Quantizer; `key`, `train` and `restart` make no difference."""
-        z = jnp.asarray(z, jnp.float32)
+    def __call__(self, params: Arrays, state: Arrays, z: jax.Array, learning: Learning | None = None) -> Quantized:
+        """See Quantizer; of `learning` only the weight makes a difference."""
+        z, weight = jnp.asarray(z, jnp.float32), learning.weight if learning is not None else None
         ids = jnp.left_shift((z > 0).astype(jnp.int32), jnp.arange(self.width)).sum(-1, dtype=jnp.int32)
         code = self.decode(params, state, ids)
         loss = self.commitment * squared_error(z, code, weight) + self.entropy * entropy_gap(z, weight)

@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mmdiff.tokenizers.quantizers.base import Arrays, Quantized
+from mmdiff.tokenizers.quantizers.base import Arrays, Learning, Quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,17 +24,7 @@ class Continuous:
     def init(self, key: jax.Array) -> tuple[Arrays, Arrays]:
         return {}, {}
 
-    def __call__(
-        self,
-        params: Arrays,
-        state: Arrays,
-        z: jax.Array,
-        *,
-        key: jax.Array | None = None,
-        train: bool,
-        weight: jax.Array | None = None,
-        restart: jax.Array | bool = True,
-    ) -> Quantized:
+    def __call__(self, params: Arrays, state: Arrays, z: jax.Array, learning: Learning | None = None) -> Quantized:
         """See Quantizer."""
         z = jnp.asarray(z, jnp.float32)
         return Quantized(z, jnp.zeros(z.shape[:-1], jnp.int32), jnp.zeros(()), state)

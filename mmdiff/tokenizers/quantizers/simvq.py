@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from mmdiff.config import require
 from mmdiff.tokenizers import codebook
-from mmdiff.tokenizers.quantizers.base import Arrays, Quantized, squared_error, straight_through
+from mmdiff.tokenizers.quantizers.base import Arrays, Learning, Quantized, squared_error, straight_through
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,19 +44,9 @@ class SimVQ:
         basis = jax.random.normal(key, (self.size, self.width)) / math.sqrt(self.width)
         return {"map": jnp.eye(self.width)}, {"basis": basis}
 
-    def __call__(
-        self,
-        params: Arrays,
-        state: Arrays,
-        z: jax.Array,
-        *,
-        key: jax.Array | None = None,
-        train: bool,
-        weight: jax.Array | None = None,
-        restart: jax.Array | bool = True,
-    ) -> Quantized:
-        """See Quantizer; `key`, `train` and `restart` make no difference."""
-        z = jnp.asarray(z, jnp.float32)
+    def __call__(self, params: Arrays, state: Arrays, z: jax.Array, learning: Learning | None = None) -> Quantized:
+        """See Quantizer; of `learning` only the weight makes a difference."""
+        z, weight = jnp.asarray(z, jnp.float32), learning.weight if learning is not None else None
         table = _table(params, state)
         ids = codebook.nearest(z, table)
         code = jnp.take(table, ids, axis=0)

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 
 from mmdiff.config import require
 from mmdiff.tokenizers import codebook
-from mmdiff.tokenizers.quantizers.base import Arrays, Quantized, squared_error, straight_through
+from mmdiff.tokenizers.quantizers.base import Arrays, Learning, Quantized, squared_error, straight_through
 from mmdiff.tokenizers.quantizers.rotation import rotate_to
 
 SMOOTHING = 1e-5  # eps of (4)
@@ -82,27 +82,18 @@ class VQ:
             return {"codes": codes}, {}
         return {}, {"codes": codes, "counts": jnp.ones(self.size), "sums": codes}
 
-    def __call__(
-        self,
-        params: Arrays,
-        state: Arrays,
-        z: jax.Array,
-        *,
-        key: jax.Array | None = None,
-        train: bool,
-        weight: jax.Array | None = None,
-        restart: jax.Array | bool = True,
-    ) -> Quantized:
-        """See Quantizer; training with restarts needs a key, the same on all devices."""
+    def __call__(self, params: Arrays, state: Arrays, z: jax.Array, learning: Learning | None = None) -> Quantized:
+        """See Quantizer; learning with restarts needs a key."""
         z = self._of_length(jnp.asarray(z, jnp.float32))
         table = self._table(params, state)
         ids = codebook.nearest(z, table)
         code = jnp.take(table, ids, axis=0)
+        weight = learning.weight if learning is not None else None
         loss = self.commitment * squared_error(z, code, weight)
         if self.update == "loss":
             loss += squared_error(code, z, weight)
-        elif train:
-            state = self._updated(state, jax.lax.stop_gradient(z), ids, key, weight, restart)
+        elif learning is not None:
+            state = self._updated(state, jax.lax.stop_gradient(z), ids, learning)
         codes = rotate_to(z, code) if self.gradient == "rotation" else straight_through(z, code)
         return Quantized(codes, ids, loss, state)
 
@@ -117,16 +108,9 @@ class VQ:
     def _of_length(self, x: jax.Array) -> jax.Array:
         return codebook.unit(x) if self.normalise else x
 
-    def _updated(
-        self,
-        state: Arrays,
-        z: jax.Array,
-        ids: jax.Array,
-        key: jax.Array | None,
-        weight: jax.Array | None,
-        restart: jax.Array | bool,
-    ) -> Arrays:
+    def _updated(self, state: Arrays, z: jax.Array, ids: jax.Array, learning: Learning) -> Arrays:
         """(3) and (4), then (5)."""
+        key, weight, restart = learning
         state = jax.lax.stop_gradient(state)
         n = codebook.counts(ids, self.size, weight)
         m = codebook.sums(z, ids, self.size, weight)
