@@ -8,7 +8,7 @@ what it scores there is the most that drawings can be asked for.
 
 f and the cuts are those of the feature extractor mmdiff/evaluation/encoder.py, trained here from the start. The judge never
 sees a drawing while it learns and shares nothing with the model that draws; a drawing that fools it is still wrong, so
-compare numbers of one judge with each other. A minute or two on two cores.
+compare numbers of one judge with each other. A minute or two on two cores; another number of cores may round differently.
 """
 
 import functools
