@@ -5,6 +5,13 @@ from typing import Literal
 
 from mmdiff.config_model import require
 
+HEEDED = {  # fields that mean something to one quantizer or the other; elsewhere they must keep their defaults
+    "vq": ("codes", "code_width", "update", "normalise", "gradient", "decay", "restart", "commitment"),
+    "simvq": ("codes", "code_width", "commitment"),
+    "fsq": ("levels",),
+    "lfq": ("code_width", "commitment", "entropy"),
+    "none": ("code_width",),
+}
 Name = Literal["vq", "simvq", "fsq", "lfq", "none"]
 
 
@@ -48,6 +55,14 @@ class Tokenizer:
     """File of VGG-16 weights (a .npz or .safetensors), which the user supplies."""
 
     def __post_init__(self):
+        told = {name for names in HEEDED.values() for name in names} - set(HEEDED.get(self.quantizer, ()))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            require(
+                field.name not in told or value == field.default,
+                f"tokenizer.{field.name}={value!r} has no meaning with tokenizer.quantizer={self.quantizer!r}; leave it at its "
+                f"default, {field.default!r}, or change tokenizer.quantizer.",
+            )
         for name in ("codes", "code_width"):
             value = getattr(self, name)
             require(value >= 1, f"tokenizer.{name}={value} must be at least 1.")

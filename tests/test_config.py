@@ -81,6 +81,8 @@ INVALID = [
     (lambda: FewStep(share=0.0), "few_step.share", "0.0"),
     (lambda: FewStep(guidance=-1.0), "few_step.guidance", "-1.0"),
     (lambda: Tokenizer(decay=1.0), "tokenizer.decay", "1.0"),
+    (lambda: Tokenizer(quantizer="fsq", codes=64), "tokenizer.codes", "64"),
+    (lambda: Tokenizer(quantizer="lfq", gradient="rotation"), "tokenizer.gradient", "'rotation'"),
     (lambda: Tokenizer(perceptual=0.5), "tokenizer.perceptual", "0.5"),
     (lambda: Model(depth=-1), "model.depth", "-1"),
     (lambda: Model(width=40, patch=4), "model.width", "40"),

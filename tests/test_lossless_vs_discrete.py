@@ -5,13 +5,23 @@ import runpy
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmdiff.config_files import load_experiment
 from mmdiff.data.probe_pictures import glyph_grid, read_glyphs
+from mmdiff.tokenizers.network import TokenizerNetwork
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "lossless_vs_discrete"
+
+
+@pytest.mark.parametrize("name", ["config", "vq", "simvq", "fsq", "lfq", "rotation", "continuous", "gan", "latents"])
+def test_every_tokenizer_of_the_experiments_can_be_made(name):
+    cfg = load_experiment(f"{FOLDER / 'tokenizers.py'}:{name}")
+    params = jax.eval_shape(TokenizerNetwork.of(cfg).init, jax.random.key(0))
+    assert ("discriminator" in params) == (name == "gan")
 
 
 @pytest.fixture(scope="module")

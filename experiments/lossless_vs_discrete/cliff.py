@@ -11,7 +11,7 @@ back. A code of C bits names at most 2^C images, so
 Claim: (1) holds everywhere, the continuous twin recovers everything, and codes that are learnt need clearly more than H bits.
 It would be wrong if any arm lay above (1) by more than four standard errors: then the code leaks or the count is wrong.
 
-Every arm is trained for each H and seed, seeds side by side; what is finished is kept in WORKDIR/results.jsonl, and the same
+Every arm is trained for each H and seed, one after the other; what is finished is kept in WORKDIR/results.jsonl, and the same
 command goes on from there.
 """
 

@@ -8,18 +8,19 @@
 All have the same halves and see the same images; `continuous` has no quantizer, and shows what the halves alone lose.
 """
 
-import dataclasses
-
 from mmdiff.config import Config, Data, Layout, Model, Optimizer, Tokenizer, Training
 
 CODES = 1024
 
 
-def config(tokenizer: Tokenizer | None = None, name: str = "tokenizer_vq") -> Config:
+HALVES = Model(network="conv_autoencoder", width=32, depth=1, patch=4, channels=(1, 2, 2), head_width=32)
+
+
+def config(tokenizer: Tokenizer | None = None, name: str = "tokenizer_vq", model: Model = HALVES) -> Config:
     """Vector quantisation with unit-length codes of 8 numbers."""
     return Config(
         name=name,
-        model=Model(network="conv_autoencoder", width=32, depth=1, patch=4, channels=(1, 2, 2), head_width=32),
+        model=model,
         tokenizer=tokenizer or Tokenizer(quantizer="vq", codes=CODES, code_width=8),
         layout=Layout(markers=False, row_length=64),
         data=Data(source="shapes", generator=(("draw", 1.0),), vocabulary="bytes"),
@@ -60,6 +61,5 @@ def gan() -> Config:
 
 def latents() -> Config:
     """One-dimensional: 32 codes for the image as a whole."""
-    made = config(Tokenizer(quantizer="vq", codes=CODES, code_width=8, latents=32), "tokenizer_latents")
-    model = Model(network="vit_autoencoder", width=128, depth=4, patch=4, head_width=32)
-    return dataclasses.replace(made, model=model)
+    settings = Tokenizer(quantizer="vq", codes=CODES, code_width=8, latents=32)
+    return config(settings, "tokenizer_latents", Model(network="vit_autoencoder", width=128, depth=4, patch=4, head_width=32))

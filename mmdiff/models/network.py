@@ -36,7 +36,11 @@ class Network:
 
     @classmethod
     def of(cls, cfg: config.Config, vocabulary_size: int, mesh: Mesh | None = None) -> "Network":
-        """The network of an experiment."""
+        """The network of an experiment. Raises ConfigError for an image tokenizer, which is no network of documents."""
+        config.require(
+            cfg.model.network not in config.AUTOENCODERS,
+            f"model.network={cfg.model.network!r} is an image tokenizer: use mmdiff train and mmdiff evaluate with it.",
+        )
         grid = None
         if cfg.model.network != "transfusion" and cfg.fixed_size is not None:
             height, width = cfg.fixed_size

@@ -9,9 +9,10 @@ import pytest
 
 import mmdiff
 from mmdiff.cli.main import main
-from mmdiff.config import Config, Data, Layout, Model, Optimizer, Tokenizer, Training
+from mmdiff.config import Config, ConfigError, Data, Layout, Model, Optimizer, Tokenizer, Training
 from mmdiff.document import DataError
 from mmdiff.evaluation.reconstruction import peak_ratio, similarity
+from mmdiff.models.network import Network
 from mmdiff.training.checkpoint import restore_params
 from mmdiff.training.loop import train
 
@@ -80,6 +81,8 @@ def test_a_tokenizer_is_no_model_and_a_model_no_tokenizer(run, tmp_path):
     assert tokenizer.decode(tokenizer.encode([image])).shape == (1, 32, 32, 3)
     with pytest.raises(DataError, match="load_tokenizer"):
         mmdiff.load(folder)
+    with pytest.raises(ConfigError, match="is an image tokenizer"):
+        Network.of(CFG, 300)
     (tmp_path / "config.json").write_text(Config().to_json())
     with pytest.raises(DataError, match="no tokenizer"):
         mmdiff.load_tokenizer(tmp_path)
