@@ -3,7 +3,7 @@
 An experiment is a Python file with `def config() -> Config`; what differs from the defaults below is what it writes.
 Every field can be overridden on the command line by its dotted name (`--model.width 512`). A value that cannot work is
 refused when the dataclass is made, with the remedy, never at step 1. The network's own part is mmdiff/config_model.py,
-that of image tokenizers mmdiff/config_tokenizer.py.
+that of image tokenizers mmdiff/config_tokenizer.py; what must hold between the groups mmdiff/config_checks.py.
 """
 
 import dataclasses
@@ -11,7 +11,8 @@ import hashlib
 import json
 from typing import Literal
 
-from mmdiff.config_model import AUTOENCODERS, DENSE_LIMIT, ConfigError, Model, require, suggest
+from mmdiff import config_checks
+from mmdiff.config_model import AUTOENCODERS, ConfigError, Model, require, suggest
 from mmdiff.config_tokenizer import Tokenizer
 
 __all__ = ["Config", "ConfigError", "Data", "Diffusion", "Layout", "Mesh", "Model", "Optimizer", "Sampling", "Training"]
@@ -23,6 +24,10 @@ class Layout:
     """How documents become rows (mmdiff/layout.py)."""
 
     row_length: int = 256
+    images: Literal["denoised", "next_code", "masked_code", "read"] = "denoised"
+    """How images enter and leave the model (mmdiff/image_paths/base.py). `denoised`: raw patches, drawn by denoising.
+    `next_code`, `masked_code`: codes of data.tokenizer, predicted one after another, or many at a time. `read`: raw patches
+    that are read and never drawn."""
     markers: bool = True
     """False: images alone. A row then holds noised blocks and nothing else; texts and given images are left out."""
     time_token: bool = False
@@ -51,6 +56,25 @@ class Layout:
             self.context == "clean" or self.noised_copies == 1,
             "layout.noised_copies above 1 needs layout.context='clean': an in-place noised image exists only once.",
         )
+        name = f"layout.images={self.images!r}"
+        require(
+            self.images == "denoised" or (self.markers and self.context == "clean" and not self.time_token),
+            f"{name} needs layout.markers=True, layout.context='clean' and layout.time_token=False.",
+        )
+        require(
+            self.blocks or self.noised_copies == 1,
+            f"{name} has no noised blocks: set layout.noised_copies=1.",
+        )
+
+    @property
+    def blocks(self) -> bool:
+        """Whether images are learnt in noised blocks; else in the stream itself, where each position reads those before it."""
+        return self.images in ("denoised", "masked_code")
+
+    @property
+    def codes(self) -> bool:
+        """Whether codes stand for images, not raw patches."""
+        return self.images in ("next_code", "masked_code")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +139,9 @@ class Data:
     validation_split: str = "test"
     vocabulary: str = "auto"
     """`auto`: the one in the prepared folder, else trained on the data's own text. `bytes`, or a path to a .model file."""
+    tokenizer: str = ""
+    """Folder of a tokenizer's run, whose codes stand for images (layout.images="next_code" or "masked_code"). A run keeps a
+    copy of the tokenizer."""
     vocabulary_size: int = 512
     """Pieces to train when a vocabulary is trained here."""
     size: int = 20000
@@ -302,25 +329,7 @@ class Config:
     mesh: Mesh = Mesh()
 
     def __post_init__(self):
-        self._check_mesh()
-        model, layout = self.model, self.layout
-        require(
-            (model.time == "token") == layout.time_token,
-            f"model.time={model.time!r} and layout.time_token={layout.time_token} do not go together: set both or neither.",
-        )
-        if model.network != "transfusion":
-            self._check_rival()
-        if self.few_step.objective != "none":
-            self._check_few_step()
-        self._check_tokenizer()
-        require(
-            self.sampling.solver != "few_step" or model.step_input,
-            "sampling.solver='few_step' needs model.step_input=True, and training with few_step.objective.",
-        )
-        require(
-            self.model.time_embedding == "smooth" or self.diffusion.schedule == "ddpm",
-            "model.time_embedding='table' needs diffusion.schedule='ddpm': the table has one entry per DDPM step.",
-        )
+        config_checks.check(self)
         if self.data.image_size is not None:
             check_image_size(*self.data.image_size, self.model.patch, "data.image_size")
         if self.data.source in ("shapes", "words", "probes"):
@@ -333,85 +342,6 @@ class Config:
         side = self.data.generator_image_size
         generated = {"shapes": (side, side), "words": (side, 2 * side), "probes": (side, side)}
         return generated.get(self.data.source, self.data.image_size)
-
-    def _check_few_step(self) -> None:
-        model, diffusion, name = self.model, self.diffusion, f"few_step.objective={self.few_step.objective!r}"
-        require(model.step_input, f"{name} needs model.step_input=True.")
-        require(
-            diffusion.prediction == "x" and diffusion.schedule == "flow",
-            f"{name} is for diffusion.prediction='x' with diffusion.schedule='flow', not {diffusion.prediction!r} with "
-            f"{diffusion.schedule!r}.",
-        )
-        require(
-            self.few_step.objective != "meanflow"
-            or model.attention == "dense"
-            or (model.attention == "auto" and self.layout.row_length**2 <= DENSE_LIMIT),
-            f"{name} differentiates forwards, which only dense attention can: with model.attention={model.attention!r} and "
-            f"layout.row_length={self.layout.row_length} set model.attention='dense', or few_step.objective='difference'.",
-        )
-
-        require(
-            self.few_step.guidance == 1 or self.layout.markers,
-            f"few_step.guidance={self.few_step.guidance} guides by text, and layout.markers=False has none.",
-        )
-
-    def _check_rival(self) -> None:
-        model, layout, size = self.model, self.layout, self.fixed_size
-        name = f"model.network={model.network!r}"
-        require(not layout.markers, f"{name} knows images alone: set layout.markers=False.")
-        require(not layout.time_token, f"{name} has its own way to be told the time: set layout.time_token=False.")
-        if size is None:
-            raise ConfigError(f"{name} needs images of one size: set data.image_size.")
-        halvings = len(model.channels) - 1 if model.network in ("unet", "conv_autoencoder") else 0
-        require(
-            size[0] % 2**halvings == 0 and size[1] % 2**halvings == 0,
-            f"an image of {size[0]}x{size[1]} cannot be halved {halvings} times: with {name} and {halvings + 1} entries in "
-            f"model.channels its sides must be multiples of {2**halvings}. Change data.image_size or model.channels.",
-        )
-        require(
-            model.network not in ("unet", "conv_autoencoder") or self.optimizer.name != "muon",
-            f"optimizer.name='muon' is for matrices of stacked layers, and {name} has none: use 'adamw' or 'lamb'.",
-        )
-        count = (size[0] // model.patch) * (size[1] // model.patch)
-        require(
-            count > 0 and layout.row_length % count == 0,
-            f"layout.row_length={layout.row_length} must be a multiple of the {count} patches of an image with {name}.",
-        )
-
-    def _check_tokenizer(self) -> None:
-        model, settings = self.model, self.tokenizer
-        if model.network not in AUTOENCODERS:
-            require(
-                settings == Tokenizer(),
-                f"tokenizer: its fields are for model.network in {', '.join(map(repr, AUTOENCODERS))}, not {model.network!r}; "
-                "leave them at their defaults.",
-            )
-            return
-        require(
-            settings.latents == 0 or model.network == "vit_autoencoder",
-            f"tokenizer.latents={settings.latents} needs model.network='vit_autoencoder'; 0 is one code for each patch.",
-        )
-        require(
-            self.training.accumulate == 1,
-            f"training.accumulate={self.training.accumulate}: a codebook learns from whole batches; set it to 1.",
-        )
-
-    def _check_mesh(self) -> None:
-        model, mesh = self.model, self.mesh
-        if model.network != "transfusion":
-            require(
-                mesh.tensor in (1, -1) and mesh.fsdp in (1, -1), f"mesh: model.network={model.network!r} is split by rows only."
-            )
-            return
-        if model.block == "gau":
-            split, what = model.expansion * model.width, "the gated width model.expansion * model.width"
-        else:
-            split, what = model.width // model.head_width, "the number of heads model.width / model.head_width"
-        for size, name, parts, of in (
-            (model.width, "fsdp", mesh.fsdp, f"model.width={model.width}"),
-            (split, "tensor", mesh.tensor, f"{what} = {split}"),
-        ):
-            require(parts == -1 or size % parts == 0, f"mesh.{name}={parts} does not divide {of}. Change one of them.")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)

@@ -21,6 +21,7 @@ DENSE_LIMIT = 1024 * 1024  # queries times keys up to which model.attention="aut
 
 # fields of Model that mean something to a rival of the transformer; the others must keep their defaults
 AUTOENCODERS = ("conv_autoencoder", "vit_autoencoder")
+RAW_ONLY = ("bottleneck", "overlap", "patch_head", "zero_head", "time", "time_embedding")  # fields about raw patches
 HEEDED = ("network", "width", "depth", "patch", "head_width", "attention", "compute", "remat")
 
 

@@ -6,6 +6,8 @@
 - `[IMG] <rows> <cols>` are predicted by the language head; `[/IMG]` is written here. Patches carry no text loss.
 - A noised block reads the stream up to its own size tokens, and itself. Nobody else reads it, so every later token is
   conditioned on the clean image, in training exactly as in sampling.
+- With layout.images="next_code" or "read" an image stands in the stream alone, and its positions read what came before them.
+- Codes of a tokenizer stand as tokens where raw patches would (layout.images="next_code" or "masked_code").
 - Every query reads at most two key intervals, so a mask is four int32 vectors, never T x T (`IntervalMask`).
 - Positions are 2-D: text at (p, p), the patches of an image around the diagonal (`patch_positions`).
 - Without markers (`layout.markers=False`) there is no stream: the noised blocks of a document are all there is.
@@ -50,9 +52,9 @@ class IntervalMask(NamedTuple):
 class Rows:
     """A batch of packed rows (or one row, without the leading axis): what a training step sees."""
 
-    tokens: Any  # int32 [b, t], 0 at patches and padding, TIME at the time token of a noised block
+    tokens: Any  # int32 [b, t], 0 at raw patches and padding, TIME at the time token of a noised block
     patches: Any  # uint8 [b, t, p], 0 at text
-    is_patch: Any  # bool [b, t]
+    is_patch: Any  # bool [b, t]; raw patch or code
     image: Any  # int32 [b, t]; 0 is text, k the k-th image of the row; noised and clean copies share k
     noised: Any  # bool [b, t]
     position: Any  # float32 [b, t, 2]
@@ -62,7 +64,7 @@ class Rows:
     block_start: Any
     block_end: Any
     text_weight: Any  # float32 [b, t]; weight of predicting this token from the position before it
-    image_weight: Any  # float32 [b, t]; sums to 1 over the noised patches of an image
+    image_weight: Any  # float32 [b, t]; sums to 1 over the positions at which an image is learnt
     max_u: Any  # float32 [b, t]; cap on the noise time of a noised patch (below 1 only with context="noised")
 
     @property
@@ -80,7 +82,7 @@ class TextPiece(NamedTuple):
 class ImagePiece(NamedTuple):
     """An image of a document, cut into patches. `patches` is None where only the lengths matter."""
 
-    patches: np.ndarray | None  # uint8 [n, p]
+    patches: np.ndarray | None  # raw: uint8 [n, p]; ids of codes: int32 [n]
     grid_rows: int
     grid_cols: int
     learn: bool = True
@@ -114,8 +116,8 @@ def unpatchify(patches: np.ndarray, grid_rows: int, grid_cols: int) -> np.ndarra
     return np.moveaxis(cut, -4, -3).reshape(*lead, grid_rows * patch, grid_cols * patch, 3)
 
 
-def text_pieces(document: Document, vocabulary, patch: int) -> list[Piece]:
-    """Tokenise the texts and cut the images of a document.
+def text_pieces(document: Document, vocabulary, patch: int, tokenizer=None) -> list[Piece]:
+    """Tokenise the texts and cut the images of a document, into the codes of a tokenizer if there is one.
 
     Raises:
       ConfigError: an image side is not divisible by the patch, or its grid exceeds the vocabulary's.
@@ -127,7 +129,8 @@ def text_pieces(document: Document, vocabulary, patch: int) -> list[Piece]:
         elif isinstance(segment, Image):
             config.check_image_size(segment.height, segment.width, patch, "image")
             grid = segment.height // patch, segment.width // patch
-            pieces.append(ImagePiece(patchify(segment.pixels, patch), *grid, segment.learn))
+            patches = patchify(segment.pixels, patch) if tokenizer is None else tokenizer.encode([segment.pixels])[0]
+            pieces.append(ImagePiece(patches, *grid, segment.learn))
         else:
             raise DataError(f"{segment!r} marks a prompt; it cannot stand in a document to learn from.")
     return pieces
@@ -147,14 +150,17 @@ def plan_images(pieces: Sequence[Piece], layout: config.Layout, trailing_context
 
     Images with something after them get a clean copy; learnt images get noised blocks; an image at the end gets a clean
     copy only if `trailing_context` (drawn per document with probability `layout.trailing_context`).
-    With `layout.context == "noised"` an image exists once: noised in place if learnt, else clean.
+    With `layout.context == "noised"` an image exists once: noised in place if learnt, else clean. Without noised blocks
+    (layout.blocks) it exists once, and clean.
     """
     plans = []
     for index, piece in enumerate(pieces):
         if not isinstance(piece, ImagePiece):
             continue
         read = index + 1 < len(pieces) or trailing_context
-        if layout.context == "noised":
+        if not layout.blocks:
+            plans.append(ImagePlan(clean=True, noised=0))
+        elif layout.context == "noised":
             plans.append(ImagePlan(clean=read and not piece.learn, noised=int(piece.learn)))
         else:
             plans.append(ImagePlan(clean=read, noised=layout.noised_copies if piece.learn else 0))
@@ -260,12 +266,14 @@ def lay_out(
         row.text_weight[t:stop] = weight
         t, place = stop, place + count
 
-    def write_patches(piece: ImagePiece, number: int, where, context_end: int, block: bool) -> None:
+    def write_patches(piece: ImagePiece, number: int, where, context_end, block: bool) -> None:
         nonlocal t
         start = t + int(block and layout.time_token)
         stop = start + piece.patch_count
         row.tokens[t:start], row.position[t:start] = TIME, where.mean(axis=0)
-        if piece.patches is not None:
+        if piece.patches is not None and layout.codes:
+            row.tokens[start:stop] = vocabulary.codes_range[0] + piece.patches
+        elif piece.patches is not None:
             row.patches[start:stop] = piece.patches
         row.is_patch[start:stop], row.image[t:stop], row.position[start:stop] = True, number, where
         row.cell[start:stop] = patch_cells(piece.grid_rows, piece.grid_cols)
@@ -289,7 +297,8 @@ def lay_out(
             where, _ = patch_positions(place, piece.grid_rows, piece.grid_cols, positions)
             blocks += [(piece, number, where, 0)] * plan.noised
             continue
-        write([vocabulary.img, vocabulary.rows(piece.grid_rows), vocabulary.cols(piece.grid_cols)], learn)
+        asked = learn * (layout.images != "read")  # else the model would ask for images that it cannot draw
+        write([vocabulary.img, vocabulary.rows(piece.grid_rows), vocabulary.cols(piece.grid_cols)], asked)
         where, resume = patch_positions(place, piece.grid_rows, piece.grid_cols, positions)
         sized = t
         read = plan.clean or index + 1 < len(pieces)
@@ -298,7 +307,10 @@ def lay_out(
             row.max_u[sized:t] = layout.max_context_u if read else 1.0
         else:
             if plan.clean:
-                write_patches(piece, number, where, sized + piece.patch_count, block=False)
+                whole = sized + piece.patch_count
+                seen = whole if layout.blocks else np.arange(sized + 1, whole + 1)
+                write_patches(piece, number, where, seen, block=False)
+                row.image_weight[sized:whole] = piece.learn * (layout.images == "next_code") / piece.patch_count
             blocks += [(piece, number, where, sized)] * plan.noised
         if read:
             place = resume - 1

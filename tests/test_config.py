@@ -76,6 +76,12 @@ def test_whole_numbers_pass_for_floats():
     assert Config.from_json('{"optimizer": {"learning_rate": 1}}').optimizer.learning_rate == 1
 
 
+def with_codes(model=Model(), **groups):  # noqa: B008  frozen
+    """Codes in place of patches."""
+    data = Data(source="shapes", tokenizer="runs/vq")
+    return Config(layout=Layout(images="next_code"), data=data, model=model, **groups)
+
+
 INVALID = [
     (lambda: Model(width=0), "model.width", "0"),
     (lambda: FewStep(share=0.0), "few_step.share", "0.0"),
@@ -97,6 +103,16 @@ INVALID = [
     (lambda: Layout(noised_copies=0), "layout.noised_copies", "0"),
     (lambda: Layout(noised_copies=2, context="noised"), "layout.noised_copies", "'clean'"),
     (lambda: Layout(max_grid=0), "layout.max_grid", "0"),
+    (lambda: Layout(images="read", markers=False), "layout.images", "read"),
+    (lambda: Layout(images="next_code", noised_copies=2), "layout.noised_copies", "next_code"),
+    (lambda: Config(layout=Layout(images="next_code")), "data.tokenizer", "next_code"),
+    (lambda: Config(data=Data(tokenizer="runs/vq")), "data.tokenizer", "runs/vq"),
+    (lambda: with_codes(), "model.lossless", "codes"),
+    (lambda: with_codes(Model(lossless=False, time="none")), "model.time", "none"),
+    (lambda: with_codes(Model(lossless=False), diffusion=Diffusion(shift=2.0)), "diffusion.shift", "2.0"),
+    (lambda: with_codes(Model(lossless=False), sampling=Sampling(steps=4)), "sampling.steps", "4"),
+    (lambda: Config(layout=Layout(images="read"), model=Model(zero_head=False)), "model.zero_head", "False"),
+    (lambda: Config(layout=Layout(images="read"), sampling=Sampling(guidance=2.0)), "sampling.guidance", "2.0"),
     (lambda: Diffusion(time_std=0.0), "diffusion.time_std", "0.0"),
     (lambda: Diffusion(shift=-1.0), "diffusion.shift", "-1.0"),
     (lambda: Diffusion(clip=0.0), "diffusion.clip", "0.0"),

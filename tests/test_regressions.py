@@ -42,7 +42,8 @@ def reference(tiny_gau):
 
 def traced_anew():
     """`image.draw` as a program of its own, which sees what a test has replaced; jit would reuse the trace of the other."""
-    return jax.jit(lambda *arguments: image.draw.__wrapped__(*arguments), static_argnums=(0, 1))
+    plain = image.draw.__wrapped__
+    return jax.jit(lambda *arguments: plain(*arguments), static_argnums=(0, 1))
 
 
 # 1
@@ -150,7 +151,7 @@ def test_7_patches_know_their_places(model, monkeypatch):
     real = jax.random.normal
     same = lambda key, shape=(), *rest: np.zeros(shape) + real(key, shape[-1:]) if len(shape) == 2 else real(key, shape, *rest)
     monkeypatch.setattr(jax.random, "normal", same)
-    monkeypatch.setattr(sessions, "draw", traced_anew())
+    monkeypatch.setattr(image, "draw", traced_anew())
     (document,) = model.generate([Document("1", IMG)], image_size=(6, 6), max_tokens=0, steps=2)
     patches = document.images[0].pixels.reshape(3, 2, 3, 2, 3).swapaxes(1, 2).reshape(9, -1)
     assert len({p.tobytes() for p in patches}) == 9
@@ -253,7 +254,7 @@ def evaluations(monkeypatch):
         return predict(model, diffusion, cache, canvas, position, point, sigma)
 
     monkeypatch.setattr(image, "_predict", counting)
-    monkeypatch.setattr(sessions, "draw", traced_anew())
+    monkeypatch.setattr(image, "draw", traced_anew())
     return counts
 
 

@@ -16,9 +16,9 @@ from mmdiff.models.network import Network
 from mmdiff.training import state as train_state
 from mmdiff.training.flops import training_flops
 from mmdiff.training.guard import apply_guarded
+from mmdiff.training.loss import combine, loss_sums
 from mmdiff.training.optimizer import make_optimizer
 from mmdiff.training.state import update_ema
-from mmdiff.training.step import combine, loss_sums
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 NAMES = ["celeba_hq_64.py:seed", "celeba_hq_64.py:seed_patch8", "celeba_hq_128.py:seed"]

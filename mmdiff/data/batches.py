@@ -10,7 +10,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -53,16 +53,20 @@ class Choice(NamedTuple):
 class Batches:
     """Packed rows of a source, by step. Safe to read from several threads."""
 
-    def __init__(self, source: Source, vocabulary: Vocabulary, cfg: config.Config, *, learn: bool = True):
+    def __init__(
+        self, source: Source, vocabulary: Vocabulary, cfg: config.Config, *, learn: bool = True, tokenizer: Any = None
+    ):
         """`learn=False` is for validation: no text is dropped, nothing is flipped, and training.seed makes no difference.
+        `tokenizer` (mmdiff/tokenizers/model.py): of the codes that stand for images, with layout.codes.
 
         Raises:
-          ConfigError: an image is not divisible by the patch, or too large for the vocabulary; names file and line.
+          ConfigError: an image is not divisible by the patch, too large for the vocabulary, or not of the size that the
+            tokenizer takes; names file and line.
           DataError: no documents, or one that does not fit a row.
         """
         if len(source) == 0:
             raise DataError("the data set holds no document.")
-        self.source, self.vocabulary, self.cfg = source, vocabulary, cfg
+        self.source, self.vocabulary, self.cfg, self.tokenizer = source, vocabulary, cfg, tokenizer
         self.seed = cfg.training.seed if learn else 0
         layout, data = cfg.layout, cfg.data
         drop, flip = (layout.text_drop, 0.5 * data.flip) if learn else (0.0, 0.0)
@@ -83,7 +87,10 @@ class Batches:
         of a few documents."""
         cfg = self.cfg
         settings = (cfg.layout, cfg.model.patch, cfg.model.positions, self.seed, self.rates)
-        digest = hashlib.sha256(f"{self.vocabulary.fingerprint} {settings}".encode())
+        told = f"{self.vocabulary.fingerprint} {settings}".replace("images='denoised', ", "")  # as before there was a choice
+        digest = hashlib.sha256(told.encode())
+        if self.tokenizer is not None:
+            digest.update(self.tokenizer.fingerprint.encode())
         for outline in self.outlines:
             for piece in outline:
                 if isinstance(piece, TextPiece):
@@ -167,7 +174,8 @@ class Batches:
                 pixels = next(images).pixels
                 if pixels.shape[:2] != (piece.grid_rows * patch, piece.grid_cols * patch):
                     raise DataError(f"{self.source.where(index)}: an image changed its size after training began.")
-                patches = patchify(pixels, patch)
+                # one image at a time: its codes depend on nothing else, to the bit
+                patches = patchify(pixels, patch) if self.tokenizer is None else self.tokenizer.encode([pixels])[0]
                 piece = piece._replace(patches=patches)
                 size += patches.nbytes
             pieces.append(piece)
@@ -187,6 +195,12 @@ class Batches:
             height, width, learn = segment
             where = self.source.where(index)
             config.check_image_size(height, width, patch, where)
+            if self.tokenizer is not None:
+                size = self.tokenizer.size
+                config.require(
+                    (height, width) == size,
+                    f"{where}: an image of {height}x{width}, and the tokenizer takes {size[0]}x{size[1]}: set data.image_size.",
+                )
             try:
                 self.vocabulary.rows(height // patch), self.vocabulary.cols(width // patch)
             except config.ConfigError as error:

@@ -2,10 +2,10 @@
 
     0 pad   1 bos   2 eos   3 [IMG]   4 [/IMG]   <rows 1> .. <rows G>   <cols 1> .. <cols G>   text pieces ...
 
-G is `max_grid`, the largest number of patch rows or columns a model can ask for. Text pieces are the 256 bytes, or those
-of a SentencePiece model. Encoding never yields a special token: the text "[IMG]" stays text. With byte pieces (always,
-for vocabularies made here) every string survives `decode(encode(text))`; a lone surrogate, which is no character and has
-no UTF-8 form, becomes U+FFFD.
+and, in `with_codes`, the codes of an image tokenizer and [MASK]. G is `max_grid`, the largest number of patch rows or columns
+a model can ask for. Text pieces are the 256 bytes, or those of a SentencePiece model. Encoding never yields a special token:
+the text "[IMG]" stays text. With byte pieces (always, for vocabularies made here) every string survives
+`decode(encode(text))`; a lone surrogate, which is no character and has no UTF-8 form, becomes U+FFFD.
 """
 
 import builtins
@@ -41,11 +41,11 @@ class Vocabulary:
 
     pad, bos, eos, img, end_img = range(5)
 
-    def __init__(self, model: builtins.bytes | None, max_grid: int = 64):
-        """`model`: a serialized SentencePiece model, or None for bytes."""
+    def __init__(self, model: builtins.bytes | None, max_grid: int = 64, codes: int = 0):
+        """`model`: a serialized SentencePiece model, or None for bytes. `codes`: how many codes stand for images."""
         if max_grid < 1:
             raise ConfigError(f"layout.max_grid={max_grid} must be at least 1.")
-        self.max_grid = max_grid
+        self.max_grid, self.codes = max_grid, codes
         self._model = model
         self._processor: Any = None if model is None else _processor(model)
         self._piece_bytes = [bytes([b]) for b in range(256)] if model is None else _piece_bytes(self._processor)
@@ -60,7 +60,7 @@ class Vocabulary:
     @property
     def size(self) -> int:
         """Number of ids, specials included."""
-        return self.text_range[1]
+        return self.codes_range[1] + (1 if self.codes else 0)
 
     @property
     def rows_range(self) -> tuple[int, int]:
@@ -77,6 +77,16 @@ class Vocabulary:
         """(start, stop) of the text pieces' ids."""
         start = text_start(self.max_grid)
         return start, start + len(self._piece_bytes)
+
+    @property
+    def codes_range(self) -> tuple[int, int]:
+        """(start, stop) of the ids of an image tokenizer's codes; [MASK] follows."""
+        start = self.text_range[1]
+        return start, start + self.codes
+
+    def with_codes(self, codes: int) -> "Vocabulary":
+        """The same vocabulary with ids for so many codes of an image tokenizer."""
+        return Vocabulary(self._model, self.max_grid, codes)
 
     def rows(self, count: int) -> int:
         """Id of `<rows count>`. Raises ConfigError when the grid is larger than `max_grid`."""
@@ -106,6 +116,8 @@ class Vocabulary:
             return f"<rows {self.row_count(token)}>"
         if token < self.cols_range[1]:
             return f"<cols {self.col_count(token)}>"
+        if token >= self.codes_range[0]:
+            return "[MASK]" if token == self.codes_range[1] else f"<code {token - self.codes_range[0]}>"
         piece = self._piece_bytes[token - self.text_range[0]]
         try:
             return repr(piece.decode())
@@ -200,7 +212,8 @@ class Vocabulary:
     def fingerprint(self) -> str:
         """Hash of everything that decides the ids: equal fingerprints, equal vocabularies."""
         kind = "bytes" if self._model is None else "sentencepiece"
-        return hashlib.sha256(f"{kind} {self.max_grid} ".encode() + self.to_bytes()).hexdigest()[:16]
+        codes = f"{self.codes} codes " if self.codes else ""
+        return hashlib.sha256(f"{kind} {self.max_grid} {codes}".encode() + self.to_bytes()).hexdigest()[:16]
 
     def __repr__(self):
         return f"Vocabulary({'bytes' if self._model is None else 'sentencepiece'}, size={self.size})"

@@ -47,6 +47,11 @@ def x_error(task: Task) -> dict[str, float]:
     return {"x_error": task.validation["x_error"]}
 
 
+def code_bits(task: Task) -> dict[str, float]:
+    """`code_bits`: bits per code, of all codes or (layout.images="masked_code") of those that are masked."""
+    return {"code_bits": task.validation["code_bits"]}
+
+
 def image_bits_per_dim(task: Task) -> dict[str, float]:
     """See mmdiff/sampling/score.py."""
     documents = [task.source[i] for i in range(min(task.count, len(task.source)))]
@@ -133,7 +138,9 @@ def _generated(generator: str, kind: str) -> Callable[[Task], bool]:
 
     def applies(task: Task) -> bool:
         data = task.model.cfg.data
-        return not task.reconstructs and data.source == generator and dict(data.generator or default).get(kind, 0) > 0
+        drawn = kind in ("draw", "edit", "story")
+        fit = _draws(task) if drawn else not task.reconstructs
+        return fit and data.source == generator and dict(data.generator or default).get(kind, 0) > 0
 
     return applies
 
@@ -153,11 +160,24 @@ def _reconstructs(task: Task) -> bool:
 
 
 def _has_both(task: Task) -> bool:
-    return _has_text(task) and _has_image(task)
+    return _has_text(task) and _makes_images(task)
 
 
 def _denoises(task: Task) -> bool:
-    return not task.reconstructs and _has_image(task)
+    return not task.reconstructs and task.model.cfg.layout.images == "denoised" and _has_image(task)
+
+
+def _draws(task: Task) -> bool:
+    """Whether the model draws images at all."""
+    return not task.reconstructs and task.model.cfg.layout.images != "read"
+
+
+def _makes_images(task: Task) -> bool:
+    return task.model.cfg.layout.images != "read" and _has_image(task)
+
+
+def _has_codes(task: Task) -> bool:
+    return task.model.cfg.layout.codes and _has_image(task)
 
 
 def _segments(task: Task) -> Iterator[Text | tuple[int, int, bool]]:
@@ -165,11 +185,11 @@ def _segments(task: Task) -> Iterator[Text | tuple[int, int, bool]]:
 
 
 def _grid_shows(task: Task) -> bool:
-    return task.model.cfg.model.patch > 1 and _has_image(task)
+    return task.model.cfg.model.patch > 1 and _makes_images(task)
 
 
 def _set_metric(measure: Callable[[Task], dict[str, float]], about: str) -> Metric:
-    return Metric(measure, about, _has_image, usual=False)
+    return Metric(measure, about, _makes_images, usual=False)
 
 
 METRICS = {
@@ -196,6 +216,7 @@ METRICS = {
     "phrase_drawn": Metric(
         phrases_drawn, "phrases of prompts that a judge, trained on real images, sees in drawings", _has_both, usual=False
     ),
+    "code_bits": Metric(code_bits, "what the model finds unlikely about the codes of images", _has_codes),
     "psnr": Metric(reconstruction.psnr, "what a tokenizer gives back, decibels", _reconstructs),
     "ssim": Metric(reconstruction.ssim, "the same by local structure, 1 is best", _reconstructs),
     "code_use": Metric(reconstruction.code_use, "how a tokenizer uses its codes", _reconstructs),

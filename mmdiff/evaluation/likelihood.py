@@ -52,7 +52,7 @@ from mmdiff.layout import Rows
 from mmdiff.models.network import Network
 from mmdiff.sampling.score import GROUP, rows_of
 from mmdiff.sampling.session import fold
-from mmdiff.training.step import corrupt, normalise
+from mmdiff.training.loss import corrupt, normalise
 
 STEPS, PROBES = 32, 1
 STOPS = (1.0, 3.0, 10.0)

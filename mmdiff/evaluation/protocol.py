@@ -23,7 +23,8 @@ def protocol(task: Task) -> dict[str, Any]:
         found |= {"quantizer": task.model.cfg.tokenizer.quantizer, "codes": task.model.network.length}
     else:
         options = task.model.options(**task.drawing)
-        found |= {name: getattr(options, name) for name in ("solver", "steps", "grid", "guidance")}
+        heeded = task.model.path.HEEDED
+        found |= {name: getattr(options, name) for name in ("solver", "steps", "grid", "guidance") if name in heeded}
     return found | task.notes
 
 

@@ -32,7 +32,9 @@ def sample_sheet(model, batches, path: str | Path | None, count: int = 8) -> np.
         return _save(_images_alone(model, batches.source, 2 * count), path)
     wanted = [d for d in drawings(batches.source, cfg, 4 * count) if not d.prompt.images][:count]
     prompts = [d.prompt for d in wanted]
-    if cfg.sampling.prompts:
+    if cfg.layout.images == "read":
+        prompts = []
+    elif cfg.sampling.prompts:
         prompts = [Document(p, IMG) for p in cfg.sampling.prompts[:count]]
     bands = []
     if prompts:

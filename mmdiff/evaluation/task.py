@@ -108,7 +108,8 @@ class Task:
     def validation(self) -> dict[str, float]:
         """What training reports as validation, on the same rows."""
         model = self.model
-        batches = Batches(self.source, model.vocabulary, model.cfg, learn=False)
+        tokenizer = None if self.reconstructs else model.tokenizer
+        batches = Batches(self.source, model.vocabulary, model.cfg, learn=False, tokenizer=tokenizer)
         rows = model.cfg.training.validation_rows or VALIDATION_ROWS
         return validate(model.network, model.cfg, model.params, batches, rows)
 

@@ -33,6 +33,8 @@ class Network:
     mesh: Mesh | None = None
     grid: tuple[int, int] | None = None
     """Rows and columns of patches of every image, for networks that take whole images."""
+    images: str = "denoised"
+    """layout.images."""
 
     @classmethod
     def of(cls, cfg: config.Config, vocabulary_size: int, mesh: Mesh | None = None) -> "Network":
@@ -45,7 +47,7 @@ class Network:
         if cfg.model.network != "transfusion" and cfg.fixed_size is not None:
             height, width = cfg.fixed_size
             grid = height // cfg.model.patch, width // cfg.model.patch
-        return cls(cfg.model, vocabulary_size if cfg.layout.markers else 0, mesh, grid)
+        return cls(cfg.model, vocabulary_size if cfg.layout.markers else 0, mesh, grid, cfg.layout.images)
 
     def check_size(self, height: int, width: int) -> None:
         """Raises ConfigError for an image that a network for images of one size cannot take."""
@@ -96,7 +98,7 @@ class Network:
     def _module(self, key=0) -> Any:
         if self.cfg.network != "transfusion":
             return Rival(self.cfg, self.grid, nnx.Rngs(params=key), self.place)
-        return Transfusion(self.cfg, self.vocabulary_size, nnx.Rngs(params=key), self.place)
+        return Transfusion(self.cfg, self.vocabulary_size, nnx.Rngs(params=key), self.place, self.images)
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Fresh parameters: a plain nested dict of float32 arrays."""

@@ -133,8 +133,22 @@ class ConvHead(nnx.Module):
         return out.reshape(*pixels.shape[:-1], kernel.shape[-1])
 
 
-class RawPatches(nnx.Module):
+class Codes(nnx.Module):
+    """The part of an image's positions that is no token, where codes stand for patches: where each of them lies."""
+
     def __init__(self, cfg: config.Model, rngs: nnx.Rngs, place: Placement = NOWHERE):
+        self.width, self.values, self.placed = cfg.width, 3 * cfg.patch**2, cfg.places != "none"
+        if self.placed:
+            self.place_in = PlaceIn(cfg, rngs, place)
+
+    def embed(self, z: jax.Array, u: jax.Array, cell: jax.Array, step: jax.Array | None = None) -> jax.Array:
+        """Cells [b, t, 4] to float32 [b, t, d]; the rest, as of RawPatches, makes no difference."""
+        return self.place_in(cell) if self.placed else jnp.zeros((*cell.shape[:-1], self.width))
+
+
+class RawPatches(nnx.Module):
+    def __init__(self, cfg: config.Model, rngs: nnx.Rngs, place: Placement = NOWHERE, head: bool = True):
+        """`head`: also `predict`."""
         self.side, self.overlap, self.place = cfg.patch, cfg.overlap, place
         self.values = 3 * cfg.patch**2
         window = 3 * (cfg.patch + 2 * cfg.overlap) ** 2
@@ -143,7 +157,7 @@ class RawPatches(nnx.Module):
         if self.narrow:
             self.patch_narrow = Linear(window, cfg.bottleneck, rngs, axes=(None, None), place=place)
         self.patch_in = into(cfg.bottleneck or window)
-        self.timed, self.placed, self.conv = cfg.time == "input", cfg.places != "none", cfg.patch_head == "conv"
+        self.timed, self.placed, self.conv = cfg.time == "input", cfg.places != "none", cfg.patch_head == "conv" and head
         if cfg.time in ("input", "token"):
             self.time_in = TimeIn(cfg, rngs, place)
         if self.placed:
@@ -151,8 +165,9 @@ class RawPatches(nnx.Module):
         self.stepped = cfg.step_input
         if self.stepped:
             self.step_in = into(1 + 2 * TIME_FREQUENCIES, gain=0.0)
-        self.norm = RMSNorm(cfg.width)
-        self.patch_out = Linear(cfg.width, window, rngs, axes=("width", None), gain=1.0 - cfg.zero_head, place=place)
+        if head:
+            self.norm = RMSNorm(cfg.width)
+            self.patch_out = Linear(cfg.width, window, rngs, axes=("width", None), gain=1.0 - cfg.zero_head, place=place)
         if self.conv:
             self.conv_out = ConvHead(cfg, rngs, place)
 

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 
 from mmdiff import config
 from mmdiff.layout import TIME, IntervalMask
-from mmdiff.models.patches import TIME_FREQUENCIES, RawPatches, time_features
+from mmdiff.models.patches import TIME_FREQUENCIES, Codes, RawPatches, time_features
 from mmdiff.nn.around import TIME_WIDTH, Around
 from mmdiff.nn.attention import Growing, KeyValue
 from mmdiff.nn.attention_tiled import SAVED
@@ -79,7 +79,14 @@ class Skip(nnx.Module):
 
 
 class Transfusion(nnx.Module):
-    def __init__(self, cfg: config.Model, vocabulary_size: int, rngs: nnx.Rngs, place: Placement = NOWHERE):
+    def __init__(
+        self,
+        cfg: config.Model,
+        vocabulary_size: int,
+        rngs: nnx.Rngs,
+        place: Placement = NOWHERE,
+        images: str = "denoised",
+    ):
         self.cfg, self.vocabulary_size, self.place = cfg, vocabulary_size, place
         words = -(-vocabulary_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         block = GatedAttentionUnit if cfg.block == "gau" else TransformerBlock
@@ -87,7 +94,12 @@ class Transfusion(nnx.Module):
         table = jax.random.normal(rngs.params(), (words, cfg.width)) * 0.02
         if vocabulary_size:
             self.text_embedding = parameter(table, ("vocabulary", "width"))
-        self.image = RawPatches(cfg, rngs, place)
+        self.image: Any
+        self.codes = images in ("next_code", "masked_code")
+        if self.codes:
+            self.image = Codes(cfg, rngs, place)
+        else:
+            self.image = RawPatches(cfg, rngs, place, head=images == "denoised")
         self.blocks = jax.vmap(lambda key: block(cfg, nnx.Rngs(params=key), place))(layer_keys)
         if cfg.skip != "none":
             skip_keys = jax.random.split(rngs.params(), cfg.depth // 2)
@@ -106,7 +118,8 @@ class Transfusion(nnx.Module):
         if self.vocabulary_size:
             scale = self.cfg.width**0.5 if self.cfg.tie_embeddings else 1.0
             text = gather(self.text_embedding, dtype, self.place)[tokens] * scale
-            x = jnp.where(is_patch[..., None], x, text)
+            # a code is a token, and is told its place besides
+            x = text + jnp.where(is_patch[..., None], x, 0) if self.codes else jnp.where(is_patch[..., None], x, text)
         if self.cfg.time == "token":
             x = jnp.where((tokens == TIME)[..., None], self.image.time_in(u).astype(dtype), x)
         time = None

@@ -15,6 +15,7 @@ import math
 import os
 import re
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mmdiff import config
+from mmdiff.config_files import run_config
 from mmdiff.data.vocabulary import Vocabulary
 from mmdiff.diffusion import grids, solvers
 from mmdiff.layout import Rows, empty_row
@@ -34,6 +36,7 @@ from mmdiff.parallel.mesh import make_mesh
 from mmdiff.parallel.sharding import Placement
 from mmdiff.sampling.cache import Cache
 from mmdiff.sampling.image import Canvas, Drawing, Guidance, draw
+from mmdiff.tokenizers.network import make_quantizer
 from mmdiff.training import flops
 from mmdiff.training import state as train_state
 from mmdiff.training.optimizer import make_optimizer
@@ -69,14 +72,22 @@ def present_devices(count: int) -> list[jax.Device]:
 
 
 def vocabulary_size(cfg: config.Config, pieces: int | None) -> int:
-    """Ids of a vocabulary of `pieces` text pieces; by default as many as the configuration asks for."""
+    """Ids of a vocabulary of `pieces` text pieces, by default as many as the configuration asks for, and of the codes of its
+    tokenizer.
+
+    Raises:
+      DataError: data.tokenizer cannot be read.
+    """
     count = Vocabulary.bytes(cfg.layout.max_grid)
+    if cfg.layout.codes:
+        count = count.with_codes(make_quantizer(run_config(Path(cfg.data.tokenizer)).tokenizer).size)
     wanted = 256 if cfg.data.vocabulary == "bytes" else cfg.data.vocabulary_size
     return count.size - 256 + (wanted if pieces is None else pieces)
 
 
 def plan(cfg: config.Config, devices: list[jax.Device], vocabulary_size: int, sampling: bool = True) -> dict[str, Any]:
-    """Compile the training step and (unless `sampling` is False) a sampling program of `cfg` for `devices`; what they cost.
+    """Compile the training step and (unless `sampling` is False) the program that denoises images, of `cfg` for `devices`;
+    what they cost.
 
     Returns:
       the members of `mmdiff plan --json`. Sizes are bytes of one device, operations those of all devices together.
@@ -99,7 +110,7 @@ def plan(cfg: config.Config, devices: list[jax.Device], vocabulary_size: int, sa
     report["fits"] = _fits(report)
     report |= _operations(cfg, vocabulary_size)
     report |= _roofline(report, chip, count)
-    if sampling:
+    if sampling and cfg.layout.images == "denoised":
         drawing = _sampling(cfg, mesh, vocabulary_size)
         fits = _fits(drawing | {"hbm_capacity_bytes": report["hbm_capacity_bytes"]})
         report["sampling"] = drawing | {"fits": fits}

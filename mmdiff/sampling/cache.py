@@ -17,7 +17,7 @@ import numpy as np
 from mmdiff.layout import IntervalMask, Rows
 from mmdiff.models.network import Network
 from mmdiff.nn.attention import KeyValue
-from mmdiff.training.step import normalise
+from mmdiff.training.loss import normalise
 
 SLOT_BUCKET = 64  # capacities and chunk lengths are rounded up to few distinct values, so that few programs are compiled
 CHUNK_BUCKET = 8

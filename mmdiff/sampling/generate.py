@@ -19,11 +19,13 @@ from mmdiff.config_files import run_config
 from mmdiff.data.vocabulary import Vocabulary
 from mmdiff.diffusion import grids
 from mmdiff.document import IMG, DataError, Document, Image
+from mmdiff.image_paths.base import ImagePath, image_path
 from mmdiff.layout import ImagePiece, ImagePlan, Piece, laid_length, text_pieces
 from mmdiff.models.network import Network
 from mmdiff.sampling import text
 from mmdiff.sampling.session import Options, Session, fold
 
+ABOUT_IMAGES = ("steps", "solver", "grid", "guidance", "guidance_interval", "guidance_rescale", "autoguidance")
 GROUP = 64  # documents sampled together; more of them only cost memory
 
 
@@ -39,11 +41,13 @@ class Model:
         between: Callable[[], None] = lambda: None,
         tuned: Mapping[tuple[str, int], Sequence[float]] | None = None,
         weak: "Model | None" = None,
+        tokenizer: Any = None,
     ):
         """`params` lie on `mesh`, if there is one; `between` is called between the programs that `generate` runs.
 
         `tuned`: noise levels found for this model, by solver and number of steps (mmdiff/sampling/tuning.py). `weak`: the
-        weaker model of autoguidance.
+        weaker model of autoguidance. `tokenizer` (mmdiff/tokenizers/model.py): of the codes that stand for images, with
+        layout.codes.
 
         Raises:
           ConfigError: the weaker model reads other documents.
@@ -53,7 +57,12 @@ class Model:
         self.cfg, self.vocabulary, self.between, self.tuned = cfg, vocabulary, between, dict(tuned or {})
         self.network = Network.of(cfg, vocabulary.size, mesh)
         self.params = jax.jit(self.network.separate)(params)
-        self.special, self.weak = text.Special.of(vocabulary), weak
+        self.special, self.weak, self.tokenizer = text.Special.of(vocabulary), weak, tokenizer
+
+    @property
+    def path(self) -> ImagePath:
+        """How images enter and leave this model."""
+        return image_path(self.cfg.layout)
 
     def options(self, **changes) -> Options:
         """Sampling options: the configuration's, with `changes`; `grid` is the one that "auto" stands for.
@@ -67,6 +76,11 @@ class Model:
         for name in changes:
             if name not in known:
                 raise config.ConfigError(f"unknown sampling option {name!r}{config.suggest(name, known)}")
+        for name in changes:
+            config.require(
+                name in self.path.HEEDED or name not in ABOUT_IMAGES or changes[name] == getattr(defaults, name, 1.0),
+                f"{name}={changes[name]!r} has no meaning with layout.images={self.cfg.layout.images!r}; leave it out.",
+            )
         options = Options(**{name: getattr(defaults, name) for name in names} | changes)
         config.require(
             options.solver != "few_step" or self.cfg.model.step_input,
@@ -128,6 +142,10 @@ class Model:
         Returns:
           the image with every pixel outside the mask unchanged.
         """
+        config.require(
+            self.cfg.layout.images == "denoised",
+            f"a model with layout.images={self.cfg.layout.images!r} does not repaint: only one that denoises raw patches can.",
+        )
         image = image if isinstance(image, Image) else Image(image)
         mask = np.asarray(mask, bool)
         if mask.shape != image.pixels.shape[:2]:
@@ -160,10 +178,23 @@ class Model:
                 "shorten the text, or use fewer or smaller images."
             )
 
+    def _code_size(self, options: Options) -> Options:
+        """With the one image size that the tokenizer knows."""
+        size = self.tokenizer.size
+        config.require(
+            options.image_size in (None, size),
+            f"image_size={options.image_size}: the tokenizer decodes images of {size[0]}x{size[1]} alone; leave it out.",
+        )
+        return dataclasses.replace(options, image_size=size)
+
     def _generate(self, documents, options: Options, known) -> list[Document]:
         if options.image_size is not None:
             config.check_image_size(*options.image_size, self.cfg.model.patch, "image_size")
+        if self.tokenizer is not None:
+            options = self._code_size(options)
         for number, document in enumerate(documents, 1):
+            if self.cfg.layout.images == "read" and any(segment is IMG for segment in document.segments):
+                raise DataError(f"prompt {number} asks for an image, and this model only reads them (layout.images='read').")
             self._check_length(document, number, options.image_size)
         seeds = options.seed
         if isinstance(seeds, int):
@@ -215,7 +246,12 @@ def load(workdir: str | Path, *, ema: bool = True, step: int | None = None, weak
     cfg = run_config(workdir)
     if cfg.model.network in config.AUTOENCODERS:
         raise DataError(f"{workdir} holds an image tokenizer, which draws and reads nothing; see mmdiff.load_tokenizer.")
-    vocabulary = Vocabulary.load(workdir / "vocabulary.model", cfg.layout.max_grid)
+    vocabulary, tokenizer = Vocabulary.load(workdir / "vocabulary.model", cfg.layout.max_grid), None
+    if cfg.layout.codes:
+        from mmdiff.training.run import find_tokenizer
+
+        tokenizer = find_tokenizer(cfg, workdir)
+        vocabulary = vocabulary.with_codes(tokenizer.codes)
     params, meta = restore_params(workdir / "checkpoints", ema=ema, step=step)
     if meta["vocabulary"] != vocabulary.fingerprint:
         raise DataError(
@@ -226,4 +262,4 @@ def load(workdir: str | Path, *, ema: bool = True, step: int | None = None, weak
     if weak is not None:
         run, _, number = str(weak).rpartition(":") if str(weak).rpartition(":")[2].isdecimal() else (str(weak), "", "")
         weaker = load(run, ema=ema, step=int(number) if number else None)
-    return Model(cfg, params, vocabulary, tuned=read_tuned(workdir), weak=weaker)
+    return Model(cfg, params, vocabulary, tuned=read_tuned(workdir), weak=weaker, tokenizer=tokenizer)

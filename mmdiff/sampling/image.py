@@ -63,6 +63,7 @@ class Drawing(NamedTuple):
 
     caches: the documents' context; with guidance also that of their unconditional prompts, of equal capacity.
     keys: [b] PRNG keys; noise of patch i does not depend on the padding.
+    logits: of the first position of the image, float32 [b, v] for each of the caches; only for codes.
     """
 
     params: Any
@@ -71,6 +72,7 @@ class Drawing(NamedTuple):
     keys: jax.Array
     guide: Guidance
     weak: Weak | None = None
+    logits: tuple[jax.Array, ...] = ()
 
 
 @functools.partial(jax.jit, static_argnames=("network", "diffusion", "weaker"))
@@ -85,7 +87,7 @@ def denoised(
     network: Network, diffusion: config.Diffusion, drawing: Drawing, table: Table, weaker: Network | None = None
 ) -> jax.Array:
     """The same before rounding: float32 [b, n, p]."""
-    params, caches, canvas, keys, guide, weak = drawing
+    params, caches, canvas, keys, guide, weak, _ = drawing
     model, known = network.bind(params), canvas.known
     joined = caches[0] if len(caches) == 1 else jax.tree.map(lambda *c: jnp.concatenate(c), *caches)
     one = functools.partial(_predict, model, diffusion, caches[0], canvas, canvas.position[:1])
@@ -121,6 +123,19 @@ def denoised(
     return integrate(denoise, point, table, lambda step: noise(step + 1))
 
 
+def block_mask(cache: Cache, count: jax.Array, length: int) -> IntervalMask:
+    """The first `count` [b, 1] of `length` positions read the cache and each other; padding reads itself."""
+    slots = capacity(cache)
+    here = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (len(count), length))
+    real = here < count
+    return IntervalMask(
+        context_start=jnp.zeros_like(here),
+        context_end=jnp.where(real, cache.length[:, None], 0),
+        block_start=slots + jnp.where(real, 0, here),
+        block_end=slots + jnp.where(real, count, here + 1),
+    )
+
+
 def to_pixels(x: jax.Array) -> jax.Array:
     """[-1, 1] to uint8, rounded; the inverse of `normalise` on its own values."""
     return jnp.clip(jnp.rint((x + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
@@ -148,15 +163,8 @@ def _predict(
         position = jnp.concatenate([middle, position], axis=1)
         z, cell = (jnp.pad(a, ((0, 0), (1, 0), (0, 0))) for a in (z, cell))
         count = count + 1
-    slots = capacity(cache)
+    mask = block_mask(cache, count, patches + first)
     here = jnp.broadcast_to(jnp.arange(patches + first, dtype=jnp.int32), (documents, patches + first))
-    real = here < count
-    mask = IntervalMask(
-        context_start=jnp.zeros_like(here),
-        context_end=jnp.where(real, cache.length[:, None], 0),
-        block_start=slots + jnp.where(real, 0, here),
-        block_end=slots + jnp.where(real, count, here + 1),
-    )
     is_patch = here >= first
     tokens = jnp.where(is_patch, 0, TIME)
     everywhere = lambda value: jnp.full(here.shape, value)

@@ -40,7 +40,7 @@ from mmdiff.diffusion.schedule import time_of
 from mmdiff.document import Document
 from mmdiff.layout import Rows, lay_out, learnt_images, pack, plan_images, stack, text_pieces
 from mmdiff.models.network import Network
-from mmdiff.training.step import corrupt, normalise
+from mmdiff.training.loss import corrupt, normalise
 
 GROUP = 16  # documents per call of the network
 LENGTH_BUCKET = 64
@@ -72,7 +72,8 @@ def score(model, documents: Sequence[Document], *, levels: int = 32, seed: int =
       seed: of the noise, which is the same for every document.
     Returns:
       `text_nats_per_byte`, `text_bits_per_byte` (per UTF-8 byte) and `image_bits_per_dim` (bound (5), over all images
-      of the document together, per pixel and channel).
+      of the document together, per pixel and channel); of a model with layout.images="next_code" in its place
+      `image_code_bits`, of all the codes of the document, and of other models that do not denoise nothing about images.
     Raises:
       DataError, ConfigError: a document that cannot be laid out.
     """
@@ -119,13 +120,22 @@ def _score_group(model, documents: Sequence[Document], grid: Grid, seed: int) ->
     rows_wanted = len(rows.tokens)
     nats = np.full(rows_wanted, math.nan)  # of a model without text
     if model.network.vocabulary_size:
-        nats = np.asarray(_text_nats(model.network, model.params, rows, model.vocabulary.text_range), np.float64)
+        nats = np.asarray(_token_nats(model.network, model.params, rows, model.vocabulary.text_range), np.float64)
     errors = np.zeros((len(grid.middles), rows_wanted))
-    if any(document.images for document in documents):
+    if any(document.images for document in documents) and model.cfg.layout.images == "denoised":
         for level, sigma in enumerate(grid.middles):
             key = jax.random.fold_in(jax.random.key(seed), level)
             errors[level] = _image_error(model.network, model.cfg.diffusion, model.params, rows, key, jnp.float32(sigma))
-    return [_result(document, nats[i], errors[:, i], grid) for i, document in enumerate(documents)]
+    if model.cfg.layout.images == "denoised":
+        return [_result(document, nats[i], errors[:, i], grid) for i, document in enumerate(documents)]
+    texts = [_result(Document(*document.texts), nats[i], errors[:, i], grid) for i, document in enumerate(documents)]
+    if model.cfg.layout.images != "next_code":
+        return texts
+    codes = np.asarray(_token_nats(model.network, model.params, rows, model.vocabulary.codes_range), np.float64) / math.log(2)
+    shown = [sum(image.pixels.size for image in document.images) for document in documents]
+    return [
+        it | ({"image_code_bits": float(bits)} if size else {}) for it, bits, size in zip(texts, codes, shown, strict=False)
+    ]
 
 
 def _result(document: Document, nats: float, error: np.ndarray, grid: Grid) -> dict[str, float]:
@@ -156,7 +166,7 @@ def _lay_out(model, document: Document) -> Rows:
     for image in document.images:
         model.network.check_size(image.height, image.width)
     layout = dataclasses.replace(cfg.layout, context="clean", noised_copies=1)
-    pieces = [p._replace(learn=True) for p in text_pieces(document, model.vocabulary, cfg.model.patch)]
+    pieces = [p._replace(learn=True) for p in text_pieces(document, model.vocabulary, cfg.model.patch, model.tokenizer)]
     if not layout.markers:
         pieces = learnt_images(pieces)
     plans = plan_images(pieces, layout, trailing_context=False)
@@ -164,14 +174,17 @@ def _lay_out(model, document: Document) -> Rows:
     return lay_out(pieces, plans, model.vocabulary, layout, patch_values=values, positions=cfg.model.positions)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("network", "text_range"))
-def _text_nats(network: Network, params: Any, rows: Rows, text_range: tuple[int, int]) -> jax.Array:
-    """-log probability of each row's text tokens, [b]. No text reads a noised block, so their noise is left out."""
+@functools.partial(jax.jit, static_argnames=("network", "ids"))
+def _token_nats(network: Network, params: Any, rows: Rows, ids: tuple[int, int]) -> jax.Array:
+    """-log probability of each row's tokens with these ids (start, stop), [b].
+
+    No text reads a noised block, so their noise is left out.
+    """
     u = jnp.zeros(rows.tokens.shape)
     x = normalise(rows.patches)
     model = network.bind(params)
     hidden = model.hidden(rows.tokens, rows.is_patch, x, u, rows.cell, rows.position, rows.mask)
-    counted = ~rows.is_patch & (rows.tokens >= text_range[0]) & (rows.tokens < text_range[1])
+    counted = (rows.tokens >= ids[0]) & (rows.tokens < ids[1])
     nats = model.text_nats(hidden, jnp.roll(rows.tokens, -1, axis=1))
     return jnp.sum(nats[:, :-1] * counted[:, 1:], axis=1)
 

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmdiff import config
-from mmdiff.diffusion import solvers
 from mmdiff.document import IMG, DataError, Document, Image, Segment, Text
 from mmdiff.layout import (
     ImagePiece,
@@ -37,7 +36,7 @@ from mmdiff.layout import (
 from mmdiff.parallel.distributed import fetch
 from mmdiff.sampling import text
 from mmdiff.sampling.cache import CHUNK_BUCKET, SLOT_BUCKET, Cache, capacity, empty_cache, extend, grow, make_chunk, round_up
-from mmdiff.sampling.image import Canvas, Drawing, Guidance, Known, Weak, draw
+from mmdiff.sampling.image import Canvas, Drawing, Guidance, Known, Weak
 
 if TYPE_CHECKING:
     from mmdiff.sampling.generate import Model
@@ -112,7 +111,8 @@ class Session:
 
     def __init__(self, model: "Model", documents, keys, options: Options, known):
         self.model, self.keys, self.options, self.known = model, keys, options, known
-        self.drafts = [Draft(list(d.segments), [], [], text.TEXT, options.max_tokens, options.max_images) for d in documents]
+        images = options.max_images if model.cfg.layout.images != "read" else 0
+        self.drafts = [Draft(list(d.segments), [], [], text.TEXT, options.max_tokens, images) for d in documents]
         self.cache: Cache = empty_cache(model.network, len(documents), SLOT_BUCKET, model.network.compute_type)
         self.logits = jnp.zeros((len(documents), model.vocabulary.size), jnp.float32)
 
@@ -139,7 +139,7 @@ class Session:
         while draft.queue and draft.queue[0] is not IMG:
             segment = draft.queue.pop(0)
             draft.segments.append(segment)
-            draft.pieces += text_pieces(Document(segment), model.vocabulary, model.cfg.model.patch)
+            draft.pieces += text_pieces(Document(segment), model.vocabulary, model.cfg.model.patch, model.tokenizer)
         if draft.queue:
             draft.queue.pop(0)
             if size is None:
@@ -208,13 +208,7 @@ class Session:
             written=jnp.zeros(len(self.drafts), jnp.int32),
             read=jnp.zeros(len(self.drafts), jnp.int32),
         )
-        choice = text.Choice(
-            temperature=jnp.float32(options.temperature),
-            narrow=text.Narrow.of(options.top_k, options.top_p, options.min_p),
-            rows=jnp.int32(size[0] // patch),
-            cols=jnp.int32(size[1] // patch),
-            patches=jnp.int32(self._largest_image()),
-        )
+        choice = text.Choice.of(options, size[0] // patch, size[1] // patch, self._largest_image())
         model = self.model
         self.cache, state = text.write_text(
             model.network, model.special, model.params, self.cache, state, self.keys, choice, slots
@@ -251,14 +245,16 @@ class Session:
     def _draw(self, due: list[int]) -> None:
         """The image phase for the documents `due`."""
         padded = due + [due[0]] * (_bucket(len(due), len(self.drafts)) - len(due))
-        model, drawing = self.model, self._drawing(padded)
-        weaker = model.weak.network if model.weak is not None and drawing.weak is not None else None
-        pixels = draw(model.network, model.cfg.diffusion, drawing, self._table(), weaker)
-        for i, patches in zip(due, fetch(pixels), strict=False):
+        made = fetch(self.model.path.draw(self.model, self._drawing(padded), self.options))
+        for i, patches in zip(due, made, strict=False):
             draft = self.drafts[i]
             piece = cast(ImagePiece, draft.pieces[-1])
-            draft.pieces[-1] = piece._replace(patches=patches[: piece.patch_count])
-            draft.segments.append(Image(unpatchify(patches[: piece.patch_count], piece.grid_rows, piece.grid_cols)))
+            patches = patches[: piece.patch_count]
+            draft.pieces[-1] = piece._replace(patches=patches)
+            if self.model.tokenizer is None:
+                draft.segments.append(Image(unpatchify(patches, piece.grid_rows, piece.grid_cols)))
+            else:
+                draft.segments.append(Image(self.model.tokenizer.decode(patches[None])[0]))
             draft.drawn += 1
             self._take(draft)
 
@@ -269,10 +265,12 @@ class Session:
         open_images = [cast(ImagePiece, d.pieces[-1]) for d in drafts]
         guided = options.guidance != 1.0 and cfg.layout.markers
         take = np.asarray(padded)
-        caches, starts = [self._rows(self.cache, take)], [[d.place for d in drafts]]
+        caches, starts, logits = [self._rows(self.cache, take)], [[d.place for d in drafts]], [self._rows(self.logits, take)]
         if guided:
             streams = [self._stream(drop_text(d.pieces)) for d in drafts]  # as training drops it
-            caches.append(self._context(self.model, [rows for rows, _ in streams]))
+            cache, other = self._context(self.model, [rows for rows, _ in streams])
+            caches.append(cache)
+            logits.append(other)
             starts.append([place for _, place in streams])
             slots = max(capacity(c) for c in caches)
             caches = [grow(c, slots) for c in caches]
@@ -292,16 +290,16 @@ class Session:
         weaker = self.model.weak if options.autoguidance != 1 else None
         weak = None
         if weaker is not None:
-            weak = Weak(weaker.params, self._context(weaker, [self._stream(d.pieces)[0] for d in drafts]))
-        return Drawing(self.model.params, tuple(caches), canvas, keys, guide, weak)
+            weak = Weak(weaker.params, self._context(weaker, [self._stream(d.pieces)[0] for d in drafts])[0])
+        return Drawing(self.model.params, tuple(caches), canvas, keys, guide, weak, tuple(logits) if cfg.layout.codes else ())
 
-    def _context(self, model: "Model", streams: list[Rows]) -> Cache:
-        """What `model` keeps of these streams."""
+    def _context(self, model: "Model", streams: list[Rows]) -> tuple[Cache, jax.Array]:
+        """What `model` keeps of these streams, and the logits of what follows them."""
         network = model.network
         cache = empty_cache(network, len(streams), max(len(s.tokens) for s in streams), network.compute_type)
         if not model.cfg.layout.markers:  # images alone: they read nothing before them
-            return cache
-        return extend(network, model.params, cache, make_chunk(streams, [0] * len(streams), self._patch_values))[0]
+            return cache, self.logits
+        return extend(network, model.params, cache, make_chunk(streams, [0] * len(streams), self._patch_values))
 
     def _stream(self, pieces: list[Piece]) -> tuple[Rows, float]:
         """The context stream so far: finished images clean, an open one only announced."""
@@ -327,13 +325,6 @@ class Session:
         wide = np.repeat(mask[..., None], 3, axis=-1)
         pixels = patchify(image.pixels, patch)[None].astype(np.float32) / 127.5 - 1.0
         return Known(pixels, patchify(wide, patch)[None])
-
-    def _table(self) -> solvers.Table:
-        options = self.options
-        try:
-            return solvers.make_table(options.solver, self.model.noise_levels(options))
-        except ValueError as error:
-            raise config.ConfigError(str(error)) from error
 
     def _largest_image(self) -> int:
         """Patches of the largest image the model may choose: what fits a training row."""

@@ -65,6 +65,12 @@ class Choice(NamedTuple):
     cols: jax.Array
     patches: jax.Array
 
+    @classmethod
+    def of(cls, options, rows: int = 0, cols: int = 0, patches: int = 0) -> "Choice":
+        """Of sampling options (session.Options)."""
+        narrow = Narrow.of(options.top_k, options.top_p, options.min_p)
+        return cls(jnp.float32(options.temperature), narrow, jnp.int32(rows), jnp.int32(cols), jnp.int32(patches))
+
 
 class Narrow(NamedTuple):
     """Limits on the tokens drawn from; None: no such limit. Only top_k and top_p cost a sort of the vocabulary per token."""
@@ -120,7 +126,8 @@ def write_text(
         budget = state.budget - (going & is_text)
         forward = going & (token != special.eos)
         place = state.place + forward
-        hidden, fresh = _one_token(model, cache, fresh, column, token, place)
+        here = jnp.broadcast_to(place[:, None], (rows, 2))
+        hidden, fresh = one_token(model, cache, fresh, column, token, here, jnp.zeros((rows, 4), jnp.int32))
         state = Writing(
             logits=jnp.where(forward[:, None], model.text_logits(hidden[:, 0]), state.logits),
             place=place,
@@ -134,12 +141,8 @@ def write_text(
         )
         return state, fresh, column + 1
 
-    heads, key_width, value_width = network.head
-    dtype = cache.layers[0].k.dtype
-    buffer = lambda width: squeezed(jnp.zeros((rows, heads, columns, width), dtype))
-    fresh = tuple(KeyValue(buffer(key_width), buffer(value_width)) for _ in cache.layers)
-    state, fresh, _ = jax.lax.while_loop(active, advance, (state, fresh, jnp.int32(0)))
-    fresh = jax.tree.map(lambda buffer: buffer.reshape(rows, heads, *buffer.shape[-2:]), fresh)
+    state, fresh, _ = jax.lax.while_loop(active, advance, (state, buffers(network, cache, columns), jnp.int32(0)))
+    fresh = jax.tree.map(lambda buffer: buffer.reshape(rows, network.head[0], *buffer.shape[-2:]), fresh)
     return append(grow(cache, slots), fresh, state.read), state
 
 
@@ -175,17 +178,40 @@ def _lowest(logits: jax.Array, narrow: Narrow) -> jax.Array:
     return jnp.maximum(lowest, jnp.min(jnp.where(keep, ordered, jnp.inf), axis=-1, keepdims=True))
 
 
-def _one_token(model, cache: Cache, fresh: tuple[KeyValue, ...], column: jax.Array, token: jax.Array, place: jax.Array):
-    """Forward pass of one text token per document: hidden [b, 1, d], and the buffers with its keys and values."""
+def buffers(network: Network, cache: Cache, columns: int) -> tuple[KeyValue, ...]:
+    """Room for the keys and values of `columns` new tokens per document."""
+    heads, key_width, value_width = network.head
+    rows, dtype = len(cache.length), cache.layers[0].k.dtype
+    buffer = lambda width: squeezed(jnp.zeros((rows, heads, columns, width), dtype))
+    return tuple(KeyValue(buffer(key_width), buffer(value_width)) for _ in cache.layers)
+
+
+def one_token(
+    model,
+    cache: Cache,
+    fresh: tuple[KeyValue, ...],
+    column: jax.Array,
+    token: jax.Array,
+    place: jax.Array,
+    cell: jax.Array,
+    is_patch: bool = False,
+):
+    """Forward pass of one token per document, which reads the cache and the columns before it.
+
+    Args:
+      fresh: `buffers` for what is new, of which `column` are in use.
+      token: int32 [b]; place: float32 [b, 2], its position; cell: int32 [b, 4].
+      is_patch: it stands in an image.
+    Returns:
+      hidden [b, 1, d], and the buffers with its keys and values.
+    """
     count, slots = len(token), capacity(cache)
-    zeros = jnp.zeros((count, 1))
-    z = jnp.zeros((count, 1, model.image.values))
-    x = model.embed(token[:, None], zeros > 0, z, zeros, jnp.zeros((count, 1, 4), jnp.int32))
     one = jnp.zeros((count, 1), jnp.int32)
+    z = jnp.zeros((count, 1, model.image.values))
+    x = model.embed(token[:, None], jnp.full((count, 1), is_patch), z, jnp.zeros((count, 1)), cell[:, None])
     mask = IntervalMask(one, cache.length[:, None], one + slots, one + slots + column + 1)
-    position = jnp.broadcast_to(place[:, None, None], (count, 1, 2))
     context = tuple(Growing(old, new, column) for old, new in zip(cache.layers, fresh, strict=True))
-    return model.stack(x, position, mask, context, keep=True)
+    return model.stack(x, place[:, None], mask, context, keep=True)
 
 
 def _allowed_tables(special: Special, size: int) -> jax.Array:

@@ -5,6 +5,10 @@ ids = tokenizer.encode(images)              int32 [n, l]
 tokenizer.decode(ids)                       uint8 [n, h, w, 3]
 """
 
+import functools
+import hashlib
+import io
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +22,10 @@ from mmdiff import config
 from mmdiff.config_files import run_config
 from mmdiff.document import DataError
 from mmdiff.tokenizers.network import TokenizerNetwork
+from mmdiff.training.state import named_leaves
 
 GROUP = 64  # images in one call of the network
+CONFIG = "config.json"
 
 
 class Tokenizer:
@@ -45,6 +51,39 @@ class Tokenizer:
             return levels(model.decode(model.quantise(model.encode(scaled(images))).codes))
 
         self._encode, self._decode, self._reconstruct = map(jax.jit, (encode, decode, reconstruct))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of configuration and parameters: equal fingerprints, equal codes."""
+        digest = hashlib.sha256(self.cfg.fingerprint().encode())
+        for name, leaf in named_leaves(self.params).items():
+            digest.update(name.encode() + np.asarray(leaf).tobytes())
+        return digest.hexdigest()[:16]
+
+    def to_bytes(self) -> bytes:
+        """The tokenizer as one file, which `from_bytes` reads: for the runs of models that depend on it."""
+        file = io.BytesIO()
+        leaves: dict[str, Any] = {name: np.asarray(leaf) for name, leaf in named_leaves(self.params).items()}
+        np.savez(file, **leaves | {CONFIG: np.asarray(self.cfg.to_json())})
+        return file.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> "Tokenizer":
+        """Raises DataError, naming `where`, for what `to_bytes` has not written."""
+        try:
+            with np.load(io.BytesIO(data)) as file:
+                cfg = config.Config.from_json(str(file[CONFIG]))
+                leaves = {name: file[name] for name in file.files if name != CONFIG}
+        except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
+            raise DataError(f"{where} is no tokenizer, or a damaged one; copy it from another run of this model.") from error
+        params: dict[str, Any] = {}
+        for name, leaf in leaves.items():
+            *parents, last = name.split("/")
+            folder = params
+            for parent in parents:
+                folder = folder.setdefault(parent, {})
+            folder[last] = leaf
+        return cls(cfg, params)
 
     @property
     def size(self) -> tuple[int, int]:

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from mmdiff import config
+from mmdiff.image_paths.base import image_path
 from mmdiff.layout import empty_row
 from mmdiff.models.network import Network
 from mmdiff.tokenizers.network import TokenizerNetwork
 from mmdiff.tokenizers.training import losses
-from mmdiff.training.step import few_step_sums, loss_sums
 
 
 def training_flops(cfg: config.Config, vocabulary_size: int) -> float:
@@ -29,11 +29,16 @@ def training_flops(cfg: config.Config, vocabulary_size: int) -> float:
     params = jax.eval_shape(network.init, jax.random.key(0))
     row = empty_row(cfg.layout.row_length, network.patch_values)
     rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((cfg.training.batch_size, *a.shape), a.dtype), row)
-    time, noise = (jax.ShapeDtypeStruct(getattr(rows, name).shape, jnp.float32) for name in ("tokens", "patches"))
-    forward = counted_flops(functools.partial(loss_sums, network, cfg.diffusion), params, rows, time, noise)
+    path, plain = image_path(cfg.layout), dataclasses.replace(cfg, few_step=config.FewStep())
+    key = jax.eval_shape(lambda: jax.random.key(0))
+
+    def counted(cfg: config.Config) -> float:
+        noise = jax.eval_shape(functools.partial(path.noise, network, cfg), rows, key)
+        return counted_flops(functools.partial(path.losses, network, cfg), params, rows, *noise)
+
     if cfg.few_step.objective == "none":
-        return 3 * forward
-    return 2 * forward + counted_flops(functools.partial(few_step_sums, network, cfg), params, rows, time, time, noise)
+        return 3 * counted(cfg)
+    return 2 * counted(plain) + counted(cfg)
 
 
 def _tokenizer_flops(cfg: config.Config) -> float:
@@ -61,7 +66,8 @@ def flops_by_hand(cfg: config.Config, vocabulary_size: int) -> float:
         inner = -(-8 * model.width // 3 // 64) * 64
         layer = 4 * model.width**2 + 3 * model.width * inner
         mix = 2 * length * model.width
-    heads = model.width * (vocabulary_size + 2 * 3 * model.patch**2)
+    raw = {"denoised": 2, "read": 1}.get(cfg.layout.images, 0)  # maps of raw patches: into the network, and out of it
+    heads = model.width * (vocabulary_size + raw * 3 * model.patch**2)
     return 3 * 2 * cfg.training.batch_size * length * (model.depth * (layer + mix) + heads)
 
 

@@ -35,11 +35,11 @@ from mmdiff.training import flops, guard
 from mmdiff.training.checkpoint import Checkpoints
 from mmdiff.training.goodput import Goodput
 from mmdiff.training.metrics import Metrics, Progress, read_metrics
-from mmdiff.training.run import VOCABULARY_FILE, Run, build
+from mmdiff.training.run import TOKENIZER_FILE, VOCABULARY_FILE, Run, build
 from mmdiff.training.state import TrainState
 from mmdiff.training.step import compile_train_step
 from mmdiff.training.survival import Preempted, Stopping, Termination, Watchdog
-from mmdiff.training.validate import validate
+from mmdiff.training.validate import VALIDATED, validate
 from mmdiff.training.workdir import check_same, check_workdir, write_whole
 
 
@@ -76,6 +76,8 @@ def train(
             workdir.mkdir(parents=True, exist_ok=True)
             write_whole(workdir / "config.json", cfg.to_json().encode())
             write_whole(workdir / VOCABULARY_FILE, run.vocabulary.to_bytes())
+            if run.tokenizer is not None:
+                write_whole(workdir / TOKENIZER_FILE, run.tokenizer.to_bytes())
         checkpoints = Checkpoints(workdir / "checkpoints", keep=cfg.training.keep, keep_every=cfg.training.keep_every)
         like = run.abstract_state()
         found = checkpoints.latest_valid(like, strict=strict)
@@ -155,7 +157,7 @@ class _Loop:
         return validation
 
     def _validated(self, step: int) -> bool:
-        return any(record["step"] == step and {"x_error", "psnr"} & record.keys() for record in read_metrics(self.workdir))
+        return any(record["step"] == step and VALIDATED & record.keys() for record in read_metrics(self.workdir))
 
     def _batches(self, start: int) -> Iterator[Rows]:
         """Global batches of the steps from `start` on; every process reads only its own rows of them."""
@@ -208,7 +210,8 @@ class _Loop:
         batches = run.validation or run.train
         if isinstance(run.network, TokenizerNetwork):
             return reconstruction_sheet(Tokenizer(run.cfg, state.ema, run.mesh), batches, path)
-        return sample_sheet(Model(run.cfg, state.ema, run.vocabulary, run.mesh, between=self._between), batches, path)
+        model = Model(run.cfg, state.ema, run.vocabulary, run.mesh, between=self._between, tokenizer=run.tokenizer)
+        return sample_sheet(model, batches, path)
 
     def _between(self) -> None:
         """Called between the pieces of validation and sampling."""

@@ -16,6 +16,7 @@ from mmdiff.data.sources import Source, open_source, open_vocabulary
 from mmdiff.data.vocabulary import Vocabulary
 from mmdiff.models.network import Network
 from mmdiff.parallel.distributed import is_first
+from mmdiff.tokenizers.model import Tokenizer, load_tokenizer
 from mmdiff.tokenizers.network import TokenizerNetwork
 from mmdiff.training import state as train_state
 from mmdiff.training.checkpoint import restore_params
@@ -23,6 +24,7 @@ from mmdiff.training.optimizer import make_optimizer
 from mmdiff.training.state import TrainState
 
 VOCABULARY_FILE = "vocabulary.model"
+TOKENIZER_FILE = "tokenizer.npz"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Run:
     tx: optax.GradientTransformation
     schedule: optax.Schedule
     mesh: Mesh
+    tokenizer: Tokenizer | None = None
+    """Of the codes that stand for images, with layout.codes."""
 
     def new_state(self) -> TrainState:
         """The state before the first step; a function of the seed."""
@@ -73,15 +77,18 @@ def build(cfg: config.Config, workdir: Path, mesh: Mesh) -> Run:
       ConfigError, DataError: with the one line to show.
     """
     source = open_source(cfg, "train")
-    vocabulary = find_vocabulary(cfg, source, workdir)
+    vocabulary, tokenizer = find_vocabulary(cfg, source, workdir), None
+    if cfg.layout.codes:
+        tokenizer = find_tokenizer(cfg, workdir)
+        vocabulary = vocabulary.with_codes(tokenizer.codes)
     for line in [*cfg.model.warnings(), *vocabulary.warnings()] if is_first() else []:
         print(f"warning: {line}", file=sys.stderr)
     held_out = open_source(cfg, "validation")
-    validation = Batches(held_out, vocabulary, cfg, learn=False) if len(held_out) else None
+    validation = Batches(held_out, vocabulary, cfg, learn=False, tokenizer=tokenizer) if len(held_out) else None
     tx, schedule = make_optimizer(cfg.optimizer, cfg.training.steps)
-    train = Batches(source, vocabulary, cfg)
+    train = Batches(source, vocabulary, cfg, tokenizer=tokenizer)
     network = make_network(cfg, vocabulary.size, mesh)
-    return Run(cfg, vocabulary, train, validation, network, tx, schedule, mesh)
+    return Run(cfg, vocabulary, train, validation, network, tx, schedule, mesh, tokenizer)
 
 
 def make_network(cfg: config.Config, vocabulary_size: int, mesh: Mesh | None = None) -> Network | TokenizerNetwork:
@@ -97,6 +104,32 @@ def find_vocabulary(cfg: config.Config, source: Source, workdir: Path) -> Vocabu
         if (folder / VOCABULARY_FILE).is_file():
             return Vocabulary.load(folder / VOCABULARY_FILE, cfg.layout.max_grid)
     return open_vocabulary(cfg, source)
+
+
+def find_tokenizer(cfg: config.Config, workdir: Path) -> Tokenizer:
+    """The run's own tokenizer once it has one, else that of `training.init`, else the one that `data.tokenizer` names.
+
+    Raises:
+      ConfigError: its codes do not fit the model. DataError: it cannot be read.
+    """
+    for folder in (workdir, Path(cfg.training.init)) if cfg.training.init else (workdir,):
+        if (folder / TOKENIZER_FILE).is_file():
+            return Tokenizer.from_bytes((folder / TOKENIZER_FILE).read_bytes(), str(folder / TOKENIZER_FILE))
+    tokenizer = load_tokenizer(cfg.data.tokenizer)
+    side = tokenizer.cfg.model.patch
+    config.require(
+        side == cfg.model.patch,
+        f"model.patch={cfg.model.patch}, and a code of {cfg.data.tokenizer} stands for {side}x{side} pixels: set it to {side}.",
+    )
+    config.require(
+        tokenizer.codes > 0, f"{cfg.data.tokenizer} has no codes (tokenizer.quantizer='none'): take a tokenizer that has some."
+    )
+    config.require(
+        tokenizer.network.tokenizer.latents == 0,
+        f"{cfg.data.tokenizer} has one-dimensional latents, which have no rows and columns: take a tokenizer with one code for "
+        "each patch (tokenizer.latents=0).",
+    )
+    return tokenizer
 
 
 def merged(fresh: dict[str, Any], given: dict[str, Any], source: str) -> dict[str, Any]:

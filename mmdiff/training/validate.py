@@ -18,13 +18,15 @@ from mmdiff import config
 from mmdiff.data.batches import Batches
 from mmdiff.diffusion import prediction
 from mmdiff.diffusion.schedule import time_of
+from mmdiff.image_paths.base import image_path
 from mmdiff.layout import Rows
 from mmdiff.models.network import Network
 from mmdiff.parallel.mesh import place_rows
 from mmdiff.tokenizers import validate as tokenizers
 from mmdiff.tokenizers.network import TokenizerNetwork
-from mmdiff.training.step import Losses, combine, corrupt, loss_sums, normalise
+from mmdiff.training.loss import Losses, corrupt, loss_sums, normalise
 
+VALIDATED = {"x_error", "psnr", "text_bits_per_byte"}  # one of these is in the metrics of any validation
 SIGMAS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
@@ -59,6 +61,8 @@ def validate(
     """
     if isinstance(network, TokenizerNetwork):
         return tokenizers.validate(network, cfg, params, batches, rows, between)
+    if cfg.layout.images != "denoised":
+        return _validate_rest(network, cfg, params, batches, rows, between)
     size = cfg.training.batch_size
     count = max(1, min(rows, batches.rows_per_epoch()) // size)
     nothing = jnp.zeros((), jnp.float32)
@@ -75,17 +79,48 @@ def validate(
             sums, wrong, all_of = measure(network, cfg.diffusion, params, batch, key, jnp.float32(sigma))
             x_error[sigma] += np.asarray([wrong, all_of], np.float64)
             totals = jax.tree.map(jnp.add, totals, sums)
-    _, metrics = combine(totals, cfg.diffusion)
-    result = {}
-    if network.vocabulary_size:
-        # the image loss on this grid of levels is not the training loss, so it is not reported under such a name
-        result["validation_text_loss"] = float(metrics["text_loss"])
-        nats = float(totals.text) / len(SIGMAS)
-        result["text_bits_per_byte"] = nats / math.log(2) / max(text_bytes, 1)
+    # the image loss on this grid of levels is not the training loss, so it is not reported under such a name
+    result = _about_text(totals, len(SIGMAS), text_bytes) if network.vocabulary_size else {}
     ratios = {sigma: wrong / max(all_of, 1e-9) for sigma, (wrong, all_of) in x_error.items()}
     result |= {f"x_error_{sigma:g}": float(ratio) for sigma, ratio in ratios.items()}
     result["x_error"] = float(np.mean(list(ratios.values())))
     return result
+
+
+def _validate_rest(
+    network: Network, cfg: config.Config, params: Any, batches: Batches, rows: int, between: Callable[[], None]
+) -> dict[str, float]:
+    """The same of a model that does not denoise: about the texts, and `code_bits`, per code of an image."""
+    path, size = image_path(cfg.layout), cfg.training.batch_size
+    count = max(1, min(rows, batches.rows_per_epoch()) // size)
+    nothing = jnp.zeros((), jnp.float32)
+    totals, text_bytes = Losses(nothing, nothing, nothing, nothing), 0
+    for index in range(count):
+        between()
+        batch = batches.batch(index)
+        text_bytes += _text_bytes(batches, batch)
+        if network.mesh is not None:
+            batch = place_rows(batch, network.mesh)
+        for draw in range(path.VALIDATIONS):
+            key = jax.random.fold_in(jax.random.key(index), draw)
+            totals = jax.tree.map(jnp.add, totals, _losses(network, cfg, params, batch, key))
+    result = _about_text(totals, path.VALIDATIONS, text_bytes)
+    if float(totals.image_weight):
+        result["code_bits"] = float(totals.image) / float(totals.image_weight) / math.log(2)
+    return result
+
+
+@functools.partial(jax.jit, static_argnames=("network", "cfg"))
+def _losses(network: Network, cfg: config.Config, params: Any, rows: Rows, key: jax.Array) -> Losses:
+    path = image_path(cfg.layout)
+    return path.losses(network, cfg, params, rows, *path.noise(network, cfg, rows, key))
+
+
+def _about_text(totals: Losses, draws: int, text_bytes: int) -> dict[str, float]:
+    """`totals` were added up over so many draws of noise, `text_bytes` over one."""
+    bits = float(totals.text) / draws / math.log(2)
+    loss = float(totals.text) / max(float(totals.text_weight), 1e-9)
+    return {"validation_text_loss": loss, "text_bits_per_byte": bits / max(text_bytes, 1)}
 
 
 def _text_bytes(batches: Batches, rows: Rows) -> int:

@@ -14,7 +14,7 @@ from mmdiff.nn.gau import GatedAttentionUnit
 from mmdiff.nn.layers import Linear, RMSNorm
 from mmdiff.nn.rope import rotation
 from mmdiff.nn.transformer_block import TransformerBlock
-from mmdiff.training.step import normalise
+from mmdiff.training.loss import normalise
 
 TOLERANCE = 2e-5
 B, T = 2, 11

@@ -10,7 +10,7 @@ from mmdiff.layout import patchify
 from mmdiff.sampling import generate
 from mmdiff.sampling.generate import Model
 from mmdiff.sampling.image import to_pixels
-from mmdiff.training.step import normalise
+from mmdiff.training.loss import normalise
 
 FEW = {"max_tokens": 4, "max_images": 1, "steps": 2}
 

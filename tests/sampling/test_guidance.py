@@ -11,7 +11,6 @@ from mmdiff.config import ConfigError
 from mmdiff.diffusion import guidance
 from mmdiff.document import IMG, Document
 from mmdiff.sampling import image
-from mmdiff.sampling import session as sessions
 from mmdiff.sampling.generate import Model
 
 from .reference import Reference
@@ -29,7 +28,7 @@ def x_hats(monkeypatch):
         found.append(np.asarray(exact(*arguments)))
         return image.to_pixels(found[-1])
 
-    monkeypatch.setattr(sessions, "draw", draw)
+    monkeypatch.setattr(image, "draw", draw)
     return found
 
 

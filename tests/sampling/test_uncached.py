@@ -43,7 +43,7 @@ def recorded(monkeypatch, exact_draw):
 
         return run
 
-    monkeypatch.setattr(sessions, "draw", draw)
+    monkeypatch.setattr(image, "draw", draw)
     for name in ("_read", "_write"):
         monkeypatch.setattr(sessions.Session, name, noting(getattr(sessions.Session, name)))
     return x_hats, phases

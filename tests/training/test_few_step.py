@@ -16,9 +16,10 @@ from mmdiff.layout import ImagePlan, drop_text, plan_images, without_words
 from mmdiff.models.network import Network
 from mmdiff.sampling.generate import Model
 from mmdiff.training import state as train_state
+from mmdiff.training.loss import block_mean, block_steps, block_times, few_step_sums, loss_sums
 from mmdiff.training.optimizer import make_optimizer
 from mmdiff.training.run import merged
-from mmdiff.training.step import block_mean, block_steps, block_times, few_step_sums, loss_sums, make_train_step
+from mmdiff.training.step import make_train_step
 
 OBJECTIVES = ("meanflow", "difference", "shortcut")
 

@@ -16,9 +16,10 @@ from mmdiff.evaluation.evaluate import evaluate
 from mmdiff.models.network import Network
 from mmdiff.training import state as train_state
 from mmdiff.training.loop import train
+from mmdiff.training.loss import loss_sums
 from mmdiff.training.metrics import read_metrics
 from mmdiff.training.optimizer import make_optimizer
-from mmdiff.training.step import loss_sums, make_train_step
+from mmdiff.training.step import make_train_step
 
 SHAPES = {
     "unet": {"width": 8, "depth": 1, "channels": (1, 1), "head_width": 8},

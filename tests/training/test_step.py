@@ -13,8 +13,9 @@ from mmdiff import config
 from mmdiff.diffusion import prediction
 from mmdiff.layout import ImagePlan
 from mmdiff.training import state as train_state
+from mmdiff.training.loss import block_times, combine, corrupt, loss_sums, normalise
 from mmdiff.training.optimizer import make_optimizer
-from mmdiff.training.step import block_times, combine, corrupt, loss_sums, make_train_step, normalise
+from mmdiff.training.step import make_train_step
 
 SPACES = ("x", "eps", "v")
 

@@ -1,0 +1,154 @@
+"""What must hold between the groups of a configuration (a part of mmdiff/config.py)."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from mmdiff.config_model import AUTOENCODERS, DENSE_LIMIT, RAW_ONLY, ConfigError, require
+
+if TYPE_CHECKING:
+    from mmdiff.config import Config
+
+IMAGE_SAMPLING = ("solver", "grid", "sigma_max", "sigma_min", "guidance_interval", "guidance_rescale")  # of denoising
+
+
+def check(cfg: "Config") -> None:
+    """Raises ConfigError."""
+    _check_mesh(cfg)
+    model, layout = cfg.model, cfg.layout
+    require(
+        (model.time == "token") == layout.time_token,
+        f"model.time={model.time!r} and layout.time_token={layout.time_token} do not go together: set both or neither.",
+    )
+    if model.network != "transfusion":
+        _check_rival(cfg)
+    if cfg.few_step.objective != "none":
+        _check_few_step(cfg)
+    _check_tokenizer(cfg)
+    _check_images(cfg)
+    require(
+        cfg.sampling.solver != "few_step" or model.step_input,
+        "sampling.solver='few_step' needs model.step_input=True, and training with few_step.objective.",
+    )
+    require(
+        cfg.model.time_embedding == "smooth" or cfg.diffusion.schedule == "ddpm",
+        "model.time_embedding='table' needs diffusion.schedule='ddpm': the table has one entry per DDPM step.",
+    )
+
+
+def _check_few_step(cfg: "Config") -> None:
+    model, diffusion, name = cfg.model, cfg.diffusion, f"few_step.objective={cfg.few_step.objective!r}"
+    require(model.step_input, f"{name} needs model.step_input=True.")
+    require(
+        diffusion.prediction == "x" and diffusion.schedule == "flow",
+        f"{name} is for diffusion.prediction='x' with diffusion.schedule='flow', not {diffusion.prediction!r} with "
+        f"{diffusion.schedule!r}.",
+    )
+    require(
+        cfg.few_step.objective != "meanflow"
+        or model.attention == "dense"
+        or (model.attention == "auto" and cfg.layout.row_length**2 <= DENSE_LIMIT),
+        f"{name} differentiates forwards, which only dense attention can: with model.attention={model.attention!r} and "
+        f"layout.row_length={cfg.layout.row_length} set model.attention='dense', or few_step.objective='difference'.",
+    )
+
+    require(
+        cfg.few_step.guidance == 1 or cfg.layout.markers,
+        f"few_step.guidance={cfg.few_step.guidance} guides by text, and layout.markers=False has none.",
+    )
+
+
+def _check_rival(cfg: "Config") -> None:
+    model, layout, size = cfg.model, cfg.layout, cfg.fixed_size
+    name = f"model.network={model.network!r}"
+    require(not layout.markers, f"{name} knows images alone: set layout.markers=False.")
+    require(not layout.time_token, f"{name} has its own way to be told the time: set layout.time_token=False.")
+    if size is None:
+        raise ConfigError(f"{name} needs images of one size: set data.image_size.")
+    halvings = len(model.channels) - 1 if model.network in ("unet", "conv_autoencoder") else 0
+    require(
+        size[0] % 2**halvings == 0 and size[1] % 2**halvings == 0,
+        f"an image of {size[0]}x{size[1]} cannot be halved {halvings} times: with {name} and {halvings + 1} entries in "
+        f"model.channels its sides must be multiples of {2**halvings}. Change data.image_size or model.channels.",
+    )
+    require(
+        model.network not in ("unet", "conv_autoencoder") or cfg.optimizer.name != "muon",
+        f"optimizer.name='muon' is for matrices of stacked layers, and {name} has none: use 'adamw' or 'lamb'.",
+    )
+    count = (size[0] // model.patch) * (size[1] // model.patch)
+    require(
+        count > 0 and layout.row_length % count == 0,
+        f"layout.row_length={layout.row_length} must be a multiple of the {count} patches of an image with {name}.",
+    )
+
+
+def _check_images(cfg: "Config") -> None:
+    model, layout, name = cfg.model, cfg.layout, f"layout.images={cfg.layout.images!r}"
+    require(
+        layout.codes == bool(cfg.data.tokenizer),
+        f"{name} and data.tokenizer={cfg.data.tokenizer!r} do not go together: with codes set it to the folder of "
+        "a tokenizer's run, with raw patches leave it empty.",
+    )
+    if layout.images == "denoised":
+        return
+    require(not model.step_input and cfg.few_step.objective == "none", f"{name} has no few-step training.")
+    for field in dataclasses.fields(cfg.diffusion):
+        value = getattr(cfg.diffusion, field.name)
+        require(
+            value == field.default or field.name == "image_scale",
+            f"diffusion.{field.name}={value!r} has no meaning with {name}, which does not denoise; change that, or leave it "
+            f"at {field.default!r}.",
+        )
+    ignored = [*IMAGE_SAMPLING, *(["steps"] if layout.images != "masked_code" else [])]
+    for other in [*ignored, *(["guidance"] if layout.images == "read" else [])]:
+        value, usual = getattr(cfg.sampling, other), getattr(type(cfg.sampling)(), other)
+        require(
+            value == usual, f"sampling.{other}={value!r} has no meaning with {name}; change that, or leave it at {usual!r}."
+        )
+    if not layout.codes:
+        unread: tuple[str, ...] = ("time", "time_embedding", "patch_head", "zero_head")
+    else:
+        unread = RAW_ONLY
+    for other in unread:
+        value, usual = getattr(model, other), getattr(type(model)(), other)
+        require(value == usual, f"model.{other}={value!r} has no meaning with {name}; change that, or leave it at {usual!r}.")
+    if not layout.codes:
+        return
+    require(not model.lossless, f"{name} reads codes, which do not hold the whole image: set model.lossless=False.")
+    require(not cfg.data.flip, f"data.flip=True mirrors raw patches, and {name} reads codes: set it to False.")
+
+
+def _check_tokenizer(cfg: "Config") -> None:
+    model, settings = cfg.model, cfg.tokenizer
+    if model.network not in AUTOENCODERS:
+        require(
+            settings == type(settings)(),
+            f"tokenizer: its fields are for model.network in {', '.join(map(repr, AUTOENCODERS))}, not {model.network!r}; "
+            "leave them at their defaults.",
+        )
+        return
+    require(
+        settings.latents == 0 or model.network == "vit_autoencoder",
+        f"tokenizer.latents={settings.latents} needs model.network='vit_autoencoder'; 0 is one code for each patch.",
+    )
+    require(
+        cfg.training.accumulate == 1,
+        f"training.accumulate={cfg.training.accumulate}: a codebook learns from whole batches; set it to 1.",
+    )
+
+
+def _check_mesh(cfg: "Config") -> None:
+    model, mesh = cfg.model, cfg.mesh
+    if model.network != "transfusion":
+        require(
+            mesh.tensor in (1, -1) and mesh.fsdp in (1, -1), f"mesh: model.network={model.network!r} is split by rows only."
+        )
+        return
+    if model.block == "gau":
+        split, what = model.expansion * model.width, "the gated width model.expansion * model.width"
+    else:
+        split, what = model.width // model.head_width, "the number of heads model.width / model.head_width"
+    for size, name, parts, of in (
+        (model.width, "fsdp", mesh.fsdp, f"model.width={model.width}"),
+        (split, "tensor", mesh.tensor, f"{what} = {split}"),
+    ):
+        require(parts == -1 or size % parts == 0, f"mesh.{name}={parts} does not divide {of}. Change one of them.")
