@@ -14,7 +14,7 @@ class Oracle:
         self.vocabulary = Vocabulary.bytes()
         self.calls: list[dict] = []
 
-    options, tuned, weak = Model.options, {}, None
+    options, path, tuned, weak, tokenizer = Model.options, Model.path, {}, None, None
 
     def generate(self, prompts, **options):
         self.calls.append(options)

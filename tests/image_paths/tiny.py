@@ -1,5 +1,7 @@
 """Small models of every image path, with random parameters none of which is zero."""
 
+import functools
+
 import jax
 import numpy as np
 
@@ -17,6 +19,7 @@ PATCH, COUNT = 4, 8  # pixels of a code, codes of an image
 PATHS = ("next_code", "masked_code", "read")
 
 
+@functools.cache
 def tokenizer(name: str = "fsq") -> Tokenizer:
     cfg = experiment("conv", QUANTIZERS[name])
     return Tokenizer(cfg, jax.jit(TokenizerNetwork.of(cfg).init)(jax.random.key(3)))
@@ -33,6 +36,7 @@ def configuration(images: str, block: str = "attention", **layout) -> Config:
     )
 
 
+@functools.cache
 def model(images: str, **more) -> Trained:
     cfg, codes = configuration(images, **more), tokenizer()
     vocabulary = Vocabulary.bytes(max_grid=4)
