@@ -12,7 +12,7 @@ Claim: (1) holds everywhere, the continuous twin recovers everything, and codes 
 It would be wrong if any arm lay above (1) by more than four standard errors: then the code leaks or the count is wrong.
 
 Every arm is trained for each H and seed, one after the other; what is finished is kept in WORKDIR/results.jsonl, and the same
-command goes on from there.
+command goes on from there. Two commands may share the work: each with its own --arms, in one WORKDIR.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from mmdiff.tokenizers.network import UNTRAINED, TokenizerNetwork
 from mmdiff.tokenizers.training import losses
 
 ENTROPIES = (4, 8, 12, 16)
-CELL, SEEDS, STEPS, BATCH, TESTED, LEARNING_RATE = 8, 3, 3000, 256, 16384, 1e-3
+CELL, SEEDS, STEPS, BATCH, TESTED, LEARNING_RATE = 8, 3, 2000, 128, 16384, 1e-3
 LAST = 0.9  # of the steps: no code starts anew after it
 MODEL = Model(network="vit_autoencoder", width=96, depth=1, patch=CELL, head_width=32, compute="float32", lossless=False)
 ARMS = {
@@ -55,7 +55,7 @@ ARMS = {
 }
 
 
-def cells(symbols: jax.Array, bits: int) -> jax.Array:
+def cells(symbols: jax.Array, bits: jax.Array | int) -> jax.Array:
     """Images float32 [n, 8, 8, 3] in [-1, 1] of symbols int [n]: `probe_pictures.glyph_grid` of a cell each, on the device."""
     blocks = jnp.where(symbols[:, None] >> jnp.arange(BLOCKS**2) & 1, 255.0, 0.0)
     blocks = jnp.where(jnp.arange(BLOCKS**2) < bits, blocks, GREY).reshape(-1, BLOCKS, BLOCKS)
@@ -63,20 +63,23 @@ def cells(symbols: jax.Array, bits: int) -> jax.Array:
     return (blocks.repeat(scale, 1).repeat(scale, 2)[..., None].repeat(3, 3)) / 127.5 - 1
 
 
-def read(images: jax.Array, bits: int) -> jax.Array:
+def read(images: jax.Array, bits: jax.Array | int) -> jax.Array:
     """Symbols int [n] of images: a bit is set where the mean of its block is above the middle."""
     scale = CELL // BLOCKS
     means = images.reshape(-1, BLOCKS, scale, BLOCKS, scale, 3).mean((2, 4, 5)).reshape(-1, BLOCKS**2)
-    return jnp.sum(jnp.where((means > 0)[:, :bits], 1 << jnp.arange(bits), 0), -1)
+    places = jnp.arange(BLOCKS**2)
+    return jnp.sum(jnp.where((means > 0) & (places < bits), 1 << places, 0), -1)
 
 
-@functools.partial(jax.jit, static_argnames=("network", "bits", "steps"))
-def trained_and_tested(network: TokenizerNetwork, bits: int, steps: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("network", "steps"))
+def trained_and_tested(
+    network: TokenizerNetwork, bits: jax.Array | int, steps: int, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Train one tokenizer from `key`: share of images recovered, and of codes used."""
     first, data, test = jax.random.split(key, 3)
     tx = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps))
     params = network.init(first)
-    draw = lambda key, count: jax.random.randint(key, (count,), 0, 2**bits)
+    draw = lambda key, count: jax.random.randint(key, (count,), 0, 1 << bits)
 
     def step(carry, number):
         params, opt_state = carry
