@@ -1,6 +1,6 @@
 """mmdiff: one transformer that reads and writes documents mixing text and raw-patch images.
 
-The heart is `mmdiff.layout` (documents to rows), `mmdiff.training.step` (the loss) and `mmdiff.sampling` (the sampler).
+The heart is `mmdiff.layout` (documents to rows), `mmdiff.training.loss` (the loss) and `mmdiff.sampling` (the sampler).
 """
 
 from mmdiff.document import IMG, DataError, Document, Image, Text

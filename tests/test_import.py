@@ -18,6 +18,7 @@ CORE = (
     "mmdiff.diffusion.times",
     "mmdiff.sampling.generate",
     "mmdiff.training.step",
+    "mmdiff.image_paths.base",
     "mmdiff.data.batches",
     "mmdiff.parallel.mesh",
 )

@@ -69,3 +69,82 @@ def test_the_input_layer_gives_back_what_its_width_can_hold():
         for width in (24, 8)
     )
     assert wide["float32"] == 1.0 and narrow["float32"] < 0.5
+
+
+def ran(name, monkeypatch):
+    """The names of an experiment, run as a script would be: with its folder at hand."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return runpy.run_path(str(FOLDER / name))
+
+
+class Coarse:
+    """A tokenizer by hand: one code per image, the mean level of all its pixels."""
+
+    size, codes, bits = (16, 16), 256, 8.0
+
+    def encode(self, images):
+        return np.asarray([[int(np.mean(image))] for image in images], np.int32)
+
+    def reconstruct(self, images):
+        return np.stack([np.full((16, 16, 3), code[0], np.uint8) for code in self.encode(images)])
+
+
+def test_rates_are_counted_and_lossless_files_are_exact(monkeypatch):
+    rate = ran("rate.py", monkeypatch)
+    rng = np.random.default_rng(0)
+    real = [rng.integers(0, 256, (16, 16, 3), dtype=np.uint8) for _ in range(4)]
+    rows = {row["name"]: row for row in rate["by_codecs"](real)}
+    assert (
+        rows["PNG"]["bits"] > 16 * 16 * 24 and rows["WebP lossless"]["bits"] > 0.95 * 16 * 16 * 24
+    )  # noise has no shorter form
+    assert rows["JPEG 5"]["bits"] < rows["JPEG 95"]["bits"] and rows["JPEG 5"]["psnr"] < rows["JPEG 95"]["psnr"] < np.inf
+    flat = [np.full((16, 16, 3), level, np.uint8) for level in (0, 0, 10, 200)]
+    row = rate["by_tokenizer"](Coarse(), flat, None)
+    assert (row["nominal"], row["entropy"], row["used"]) == (8.0, pytest.approx(1.5), 3 / 256) and row["psnr"] > 67
+    assert "| x | 8 | 2 |  | 1% |" in rate["lines"]("set", [], [{"name": "x"} | row])
+
+
+def test_drift_counts_changed_codes(monkeypatch):
+    module = ran("drift.py", monkeypatch)
+
+    class Fading(Coarse):
+        def reconstruct(self, images):
+            return np.stack([np.full((16, 16, 3), max(code[0] - 10, 0), np.uint8) for code in self.encode(images)])
+
+    flat = [np.full((16, 16, 3), level, np.uint8) for level in (100, 45)]
+    still, fading = (module["drift"](tokenizer, flat, 3) for tokenizer in (Coarse(), Fading()))
+    assert still["flips"] == [0, 0, 0] and min(still["psnr"]) > 67
+    assert fading["flips"] == [0.0, 1.0, 1.0] and fading["psnr"] == sorted(fading["psnr"], reverse=True)
+
+
+@pytest.mark.parametrize("name", ["shapes", "words", "probes"])
+def test_held_out_images_are_of_the_size_asked_for(name, monkeypatch):
+    images = ran("images.py", monkeypatch)
+    found = images["held_out"](name, (32, 32), 3)
+    assert [image.shape for image in found] == [(32, 32, 3)] * 3 and (found[0] != found[1]).any()
+    with pytest.raises(images["ConfigError"], match="unknown images"):
+        images["held_out"]("faces", (32, 32), 3)
+
+
+def test_arms_are_compared_on_equal_terms(monkeypatch):
+    joint = ran("joint.py", monkeypatch)
+    settings = {arm: joint["settings"](arm, 1, 32) for arm in joint["ARMS"]}
+    one = settings["raw"]
+    for arm, cfg in settings.items():
+        assert (cfg.training.seed, cfg.training.steps, cfg.training.checkpoint_every, cfg.training.keep_every) == (1, 32, 2, 2)
+        assert (cfg.model.width, cfg.model.depth, cfg.optimizer) == (one.model.width, one.model.depth, one.optimizer), arm
+        assert cfg.layout.row_length == one.layout.row_length and cfg.data.generator == one.data.generator
+    assert {cfg.layout.images for cfg in settings.values()} == {"denoised", "read", "next_code", "masked_code"}
+    low, high = joint["interval"]([0.5, 0.7, 0.6], [0.01] * 3)
+    assert 0.5 < low < 0.56 and 0.64 < high < 0.7
+    assert joint["interval"]([0.5], [0.0]) == (0.5, 0.5)
+    cost = {"parameters": 10, "positions": 5.0, "flops": 1e9, "flops_with_tokenizer": 2e9}
+    records = [
+        {"arm": "raw", "seed": seed, "share": share, "metrics": {"image_accuracy": share * (1 + seed), "code_bits": 1.0}} | cost
+        for seed in range(2)
+        for share in joint["SHARES"]
+    ]
+    found = joint["summary"](records, "image_accuracy")
+    assert found["raw", 0.5][0] == 0.75 and ("read", 1.0) not in found
+    assert "| raw | 10 | 1e+09 | 2e+09 |" in joint["table"](records) and "1.500 (" in joint["table"](records)
+    assert joint["page"](records).count("<svg") == 3

@@ -140,3 +140,14 @@ def test_models_without_bytes_warn_and_mark_what_they_lose():
     assert len(vocabulary.warnings()) == 1
     assert vocabulary.decode(vocabulary.encode("a red circle")) == "a red circle"
     assert "\ufffd" in vocabulary.decode(vocabulary.encode("日本"))
+
+
+def test_codes_of_an_image_tokenizer_come_after_the_text():
+    plain = Vocabulary.bytes(max_grid=4)
+    coded = plain.with_codes(10)
+    assert coded.text_range == plain.text_range and coded.encode("abc") == plain.encode("abc")
+    assert coded.codes_range == (plain.size, plain.size + 10) and coded.size == plain.size + 11
+    assert coded.name(plain.size + 3) == "<code 3>" and coded.name(coded.size - 1) == "[MASK]"
+    assert coded.decode([*coded.encode("ab"), plain.size, coded.size - 1]) == "ab"
+    fingerprints = {v.fingerprint for v in (plain, coded, plain.with_codes(11))}
+    assert len(fingerprints) == 3 and plain.with_codes(0).fingerprint == plain.fingerprint
