@@ -24,10 +24,10 @@ class Layout:
     """How documents become rows (mmdiff/layout.py)."""
 
     row_length: int = 256
-    images: Literal["denoised", "next_code", "masked_code", "read"] = "denoised"
+    images: Literal["denoised", "next_code", "masked_code", "next_pixel", "read"] = "denoised"
     """How images enter and leave the model (mmdiff/image_paths/base.py). `denoised`: raw patches, drawn by denoising.
-    `next_code`, `masked_code`: codes of data.tokenizer, predicted one after another, or many at a time. `read`: raw patches
-    that are read and never drawn."""
+    `next_code`, `masked_code`: codes of data.tokenizer, predicted one after another, or many at a time. `next_pixel`: pixels,
+    predicted one after another. `read`: raw patches that are read and never drawn."""
     markers: bool = True
     """False: images alone. A row then holds noised blocks and nothing else; texts and given images are left out."""
     time_token: bool = False
@@ -75,6 +75,11 @@ class Layout:
     def codes(self) -> bool:
         """Whether codes stand for images, not raw patches."""
         return self.images in ("next_code", "masked_code")
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the positions of an image are learnt in the stream, each from those before it."""
+        return self.images in ("next_code", "next_pixel")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -99,7 +99,7 @@ def _check_images(cfg: "Config") -> None:
             f"at {field.default!r}.",
         )
     ignored = [*IMAGE_SAMPLING, *(["steps"] if layout.images != "masked_code" else [])]
-    for other in [*ignored, *(["guidance"] if layout.images == "read" else [])]:
+    for other in [*ignored, *(["guidance"] if not layout.codes else [])]:
         value, usual = getattr(cfg.sampling, other), getattr(type(cfg.sampling)(), other)
         require(
             value == usual, f"sampling.{other}={value!r} has no meaning with {name}; change that, or leave it at {usual!r}."
@@ -111,6 +111,8 @@ def _check_images(cfg: "Config") -> None:
     for other in unread:
         value, usual = getattr(model, other), getattr(type(model)(), other)
         require(value == usual, f"model.{other}={value!r} has no meaning with {name}; change that, or leave it at {usual!r}.")
+    if layout.images == "next_pixel":
+        require(model.patch == 1, f"{name} predicts pixels: set model.patch=1, not {model.patch}.")
     if not layout.codes:
         return
     require(not model.lossless, f"{name} reads codes, which do not hold the whole image: set model.lossless=False.")

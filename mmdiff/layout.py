@@ -6,7 +6,8 @@
 - `[IMG] <rows> <cols>` are predicted by the language head; `[/IMG]` is written here. Patches carry no text loss.
 - A noised block reads the stream up to its own size tokens, and itself. Nobody else reads it, so every later token is
   conditioned on the clean image, in training exactly as in sampling.
-- With layout.images="next_code" or "read" an image stands in the stream alone, and its positions read what came before them.
+- With layout.images="next_code", "next_pixel" or "read" an image stands in the stream alone, and its positions read what came
+  before them.
 - Codes of a tokenizer stand as tokens where raw patches would (layout.images="next_code" or "masked_code").
 - Every query reads at most two key intervals, so a mask is four int32 vectors, never T x T (`IntervalMask`).
 - Positions are 2-D: text at (p, p), the patches of an image around the diagonal (`patch_positions`).
@@ -310,7 +311,7 @@ def lay_out(
                 whole = sized + piece.patch_count
                 seen = whole if layout.blocks else np.arange(sized + 1, whole + 1)
                 write_patches(piece, number, where, seen, block=False)
-                row.image_weight[sized:whole] = piece.learn * (layout.images == "next_code") / piece.patch_count
+                row.image_weight[sized:whole] = piece.learn * layout.in_order / piece.patch_count
             blocks += [(piece, number, where, sized)] * plan.noised
         if read:
             place = resume - 1

@@ -167,6 +167,11 @@ def _denoises(task: Task) -> bool:
     return not task.reconstructs and task.model.cfg.layout.images == "denoised" and _has_image(task)
 
 
+def _weighs(task: Task) -> bool:
+    """Whether the model knows how likely the pixels of an image are."""
+    return _denoises(task) or (not task.reconstructs and task.model.cfg.layout.images == "next_pixel" and _has_image(task))
+
+
 def _draws(task: Task) -> bool:
     """Whether the model draws images at all."""
     return not task.reconstructs and task.model.cfg.layout.images != "read"
@@ -208,7 +213,7 @@ METRICS = {
     "patch_grid_ratio": Metric(
         patch_grid_ratio, "steps across patch edges against those inside, generated over real, 1 is best", _grid_shows
     ),
-    "image_bits_per_dim": Metric(image_bits_per_dim, "a likelihood bound of images (slow)", _denoises, usual=False),
+    "image_bits_per_dim": Metric(image_bits_per_dim, "a likelihood bound of images (slow)", _weighs, usual=False),
     "image_bits_per_dim_ode": Metric(
         image_bits_per_dim_ode, "likelihood of images under the sampler's ODE (very slow)", _denoises, usual=False
     ),

@@ -47,12 +47,13 @@ def draw(model: "Model", drawing: "Drawing", options: "Options") -> jax.Array:
     """Ids int32 [b, n]; temperature, top_k, top_p and min_p hold for codes as for text."""
     from mmdiff.sampling.text import Choice
 
-    return _draw(model.network, model.vocabulary.codes_range, drawing, Choice.of(options))
+    vocabulary = model.vocabulary
+    return _draw(model.network, vocabulary.codes_range, vocabulary.cols_range, drawing, Choice.of(options))
 
 
-@functools.partial(jax.jit, static_argnames=("network", "codes"))
-def _draw(network: Network, codes: tuple[int, int], drawing: "Drawing", choice: "Choice") -> jax.Array:
-    from mmdiff.sampling.text import buffers, choose, one_token
+@functools.partial(jax.jit, static_argnames=("network", "codes", "sizes"))
+def _draw(network: Network, codes: tuple[int, int], sizes: tuple[int, int], drawing: "Drawing", choice: "Choice") -> jax.Array:
+    from mmdiff.sampling.text import before_image, buffers, choose, one_token
 
     model, canvas, branches = network.bind(drawing.params), drawing.canvas, len(drawing.caches)
     cache = jax.tree.map(lambda *c: jnp.concatenate(c), *drawing.caches)
@@ -72,5 +73,6 @@ def _draw(network: Network, codes: tuple[int, int], drawing: "Drawing", choice: 
         hidden, fresh = one_token(model, cache, fresh, column, again(token), place, again(cell), is_patch=True)
         return model.text_logits(hidden[:, 0]), fresh, drawn.at[:, column].set(token - codes[0])
 
-    start = jnp.concatenate(drawing.logits), buffers(network, cache, columns), jnp.zeros((count, columns), jnp.int32)
+    first = model.text_logits(before_image(model, cache, canvas, sizes))
+    start = first, buffers(cache, columns), jnp.zeros((count, columns), jnp.int32)
     return jax.lax.fori_loop(0, columns, advance, start)[2]

@@ -2,7 +2,7 @@
 
 An image path answers four questions: what an image's positions hold (here raw patches), how they read each other (one
 bidirectional block, mmdiff/layout.py), which head and loss they get (denoise), and how an image is drawn (the solver in
-mmdiff/sampling/image.py). Other paths add files beside this one.
+mmdiff/sampling/image.py). The other paths are in mmdiff/image_paths/; what they put into the network is here (`Codes`).
 
     embed:  e = z W_patch + features(u) W_time + features(place) W_place       float32; clean patches have u = 0
             + (features(h) - features(0)) W_step                               few-step networks; zero at the start
@@ -34,6 +34,8 @@ LARGEST_FREQUENCY = 4.0  # radians per unit u: smooth in time, which few-step tr
 PLACE_FREQUENCIES = 8
 LEARNED_GRID = 16  # side of the table of learned places; images of other sizes read between its entries
 CONV_CHANNELS = 16
+COMPONENTS = 10  # of the mixture that predicts a pixel (mmdiff/image_paths/next_pixel.py)
+MIXTURE_VALUES = 10 * COMPONENTS
 
 
 def time_features(u: jax.Array) -> jax.Array:
@@ -147,8 +149,8 @@ class Codes(nnx.Module):
 
 
 class RawPatches(nnx.Module):
-    def __init__(self, cfg: config.Model, rngs: nnx.Rngs, place: Placement = NOWHERE, head: bool = True):
-        """`head`: also `predict`."""
+    def __init__(self, cfg: config.Model, rngs: nnx.Rngs, place: Placement = NOWHERE, outputs: int | None = None):
+        """`outputs`: values that `predict` gives for each position, 0: none; None: those of a patch."""
         self.side, self.overlap, self.place = cfg.patch, cfg.overlap, place
         self.values = 3 * cfg.patch**2
         window = 3 * (cfg.patch + 2 * cfg.overlap) ** 2
@@ -157,7 +159,11 @@ class RawPatches(nnx.Module):
         if self.narrow:
             self.patch_narrow = Linear(window, cfg.bottleneck, rngs, axes=(None, None), place=place)
         self.patch_in = into(cfg.bottleneck or window)
-        self.timed, self.placed, self.conv = cfg.time == "input", cfg.places != "none", cfg.patch_head == "conv" and head
+        self.timed, self.placed, self.conv = (
+            cfg.time == "input",
+            cfg.places != "none",
+            cfg.patch_head == "conv" and outputs is None,
+        )
         if cfg.time in ("input", "token"):
             self.time_in = TimeIn(cfg, rngs, place)
         if self.placed:
@@ -165,9 +171,11 @@ class RawPatches(nnx.Module):
         self.stepped = cfg.step_input
         if self.stepped:
             self.step_in = into(1 + 2 * TIME_FREQUENCIES, gain=0.0)
-        if head:
+        if outputs != 0:
             self.norm = RMSNorm(cfg.width)
-            self.patch_out = Linear(cfg.width, window, rngs, axes=("width", None), gain=1.0 - cfg.zero_head, place=place)
+            self.patch_out = Linear(
+                cfg.width, outputs or window, rngs, axes=("width", None), gain=1.0 - cfg.zero_head, place=place
+            )
         if self.conv:
             self.conv_out = ConvHead(cfg, rngs, place)
 

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 
 from mmdiff import config
 from mmdiff.layout import TIME, IntervalMask
-from mmdiff.models.patches import TIME_FREQUENCIES, Codes, RawPatches, time_features
+from mmdiff.models.patches import MIXTURE_VALUES, TIME_FREQUENCIES, Codes, RawPatches, time_features
 from mmdiff.nn.around import TIME_WIDTH, Around
 from mmdiff.nn.attention import Growing, KeyValue
 from mmdiff.nn.attention_tiled import SAVED
@@ -99,7 +99,8 @@ class Transfusion(nnx.Module):
         if self.codes:
             self.image = Codes(cfg, rngs, place)
         else:
-            self.image = RawPatches(cfg, rngs, place, head=images == "denoised")
+            outputs = {"read": 0, "next_pixel": MIXTURE_VALUES}.get(images)
+            self.image = RawPatches(cfg, rngs, place, outputs)
         self.blocks = jax.vmap(lambda key: block(cfg, nnx.Rngs(params=key), place))(layer_keys)
         if cfg.skip != "none":
             skip_keys = jax.random.split(rngs.params(), cfg.depth // 2)
@@ -215,7 +216,8 @@ class Transfusion(nnx.Module):
         return self.stack(self.embed(tokens, is_patch, z, u, cell, step), position, mask, context)[0]
 
     def predict(self, hidden: jax.Array, cell: jax.Array) -> jax.Array:
-        """Final hidden states [b, t, d] of patches in cells [b, t, 4] to what they predict (x, eps or v), float32 [b, t, p]."""
+        """Final hidden states [b, t, d] of patches in cells [b, t, 4] to what they predict (x, eps or v), float32 [b, t, p];
+        for next pixels to their distribution, float32 [b, t, MIXTURE_VALUES]."""
         return self.image.predict(hidden, cell)
 
     def __call__(self, tokens, is_patch, z, u, cell, position, mask: IntervalMask) -> tuple[jax.Array, jax.Array]:

@@ -275,6 +275,7 @@ def _sampling(cfg: config.Config, mesh: Mesh, vocabulary_size: int) -> dict[str,
         abstract((documents, patches, 4), jnp.int32, "rows"),
         abstract((documents,), jnp.int32, "rows"),
         None,
+        abstract((2, documents), jnp.float32, None, "rows"),
     )
     levels = grids.make_grid(
         grids.usual(sampling.solver) if sampling.grid in ("auto", "tuned") else sampling.grid,

@@ -33,6 +33,7 @@ class Canvas(NamedTuple):
     cell: np.ndarray  # int32 [b, n, 4]
     counts: np.ndarray  # int32 [b]
     known: "Known | None"
+    start: np.ndarray  # float32 [g, b]; positions of the last tokens before the images
 
 
 class Known(NamedTuple):
@@ -63,7 +64,6 @@ class Drawing(NamedTuple):
 
     caches: the documents' context; with guidance also that of their unconditional prompts, of equal capacity.
     keys: [b] PRNG keys; noise of patch i does not depend on the padding.
-    logits: of the first position of the image, float32 [b, v] for each of the caches; only for codes.
     """
 
     params: Any
@@ -72,7 +72,6 @@ class Drawing(NamedTuple):
     keys: jax.Array
     guide: Guidance
     weak: Weak | None = None
-    logits: tuple[jax.Array, ...] = ()
 
 
 @functools.partial(jax.jit, static_argnames=("network", "diffusion", "weaker"))
@@ -87,7 +86,7 @@ def denoised(
     network: Network, diffusion: config.Diffusion, drawing: Drawing, table: Table, weaker: Network | None = None
 ) -> jax.Array:
     """The same before rounding: float32 [b, n, p]."""
-    params, caches, canvas, keys, guide, weak, _ = drawing
+    params, caches, canvas, keys, guide, weak = drawing
     model, known = network.bind(params), canvas.known
     joined = caches[0] if len(caches) == 1 else jax.tree.map(lambda *c: jnp.concatenate(c), *caches)
     one = functools.partial(_predict, model, diffusion, caches[0], canvas, canvas.position[:1])

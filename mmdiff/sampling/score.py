@@ -38,6 +38,7 @@ from mmdiff import config
 from mmdiff.diffusion import prediction
 from mmdiff.diffusion.schedule import time_of
 from mmdiff.document import Document
+from mmdiff.image_paths.next_pixel import pixel_nats
 from mmdiff.layout import Rows, lay_out, learnt_images, pack, plan_images, stack, text_pieces
 from mmdiff.models.network import Network
 from mmdiff.training.loss import corrupt, normalise
@@ -72,8 +73,8 @@ def score(model, documents: Sequence[Document], *, levels: int = 32, seed: int =
       seed: of the noise, which is the same for every document.
     Returns:
       `text_nats_per_byte`, `text_bits_per_byte` (per UTF-8 byte) and `image_bits_per_dim` (bound (5), over all images
-      of the document together, per pixel and channel); of a model with layout.images="next_code" in its place
-      `image_code_bits`, of all the codes of the document, and of other models that do not denoise nothing about images.
+      of the document together, per pixel and channel). With layout.images="next_pixel" that is no bound but the likelihood;
+      with "next_code" there is `image_code_bits` in its place, of all codes of the document; with others nothing of images.
     Raises:
       DataError, ConfigError: a document that cannot be laid out.
     """
@@ -122,20 +123,27 @@ def _score_group(model, documents: Sequence[Document], grid: Grid, seed: int) ->
     if model.network.vocabulary_size:
         nats = np.asarray(_token_nats(model.network, model.params, rows, model.vocabulary.text_range), np.float64)
     errors = np.zeros((len(grid.middles), rows_wanted))
-    if any(document.images for document in documents) and model.cfg.layout.images == "denoised":
+    images, dtype = model.cfg.layout.images, np.float64
+    if any(document.images for document in documents) and images == "denoised":
         for level, sigma in enumerate(grid.middles):
             key = jax.random.fold_in(jax.random.key(seed), level)
             errors[level] = _image_error(model.network, model.cfg.diffusion, model.params, rows, key, jnp.float32(sigma))
-    if model.cfg.layout.images == "denoised":
+    if images == "denoised":
         return [_result(document, nats[i], errors[:, i], grid) for i, document in enumerate(documents)]
-    texts = [_result(Document(*document.texts), nats[i], errors[:, i], grid) for i, document in enumerate(documents)]
-    if model.cfg.layout.images != "next_code":
-        return texts
-    codes = np.asarray(_token_nats(model.network, model.params, rows, model.vocabulary.codes_range), np.float64) / math.log(2)
-    shown = [sum(image.pixels.size for image in document.images) for document in documents]
-    return [
-        it | ({"image_code_bits": float(bits)} if size else {}) for it, bits, size in zip(texts, codes, shown, strict=False)
-    ]
+    results = [_result(Document(*document.texts), nats[i], errors[:, i], grid) for i, document in enumerate(documents)]
+    if images == "next_pixel":
+        bits = np.asarray(_pixel_nats(model.network, model.params, rows), dtype) / math.log(2)
+    elif images == "next_code":
+        bits = np.asarray(_token_nats(model.network, model.params, rows, model.vocabulary.codes_range), dtype) / math.log(2)
+    else:
+        return results
+    for document, result, of_images in zip(documents, results, bits, strict=False):
+        values = sum(image.pixels.size for image in document.images)
+        if values and images == "next_pixel":
+            result["image_bits_per_dim"] = float(of_images) / values
+        elif values:
+            result["image_code_bits"] = float(of_images)
+    return results
 
 
 def _result(document: Document, nats: float, error: np.ndarray, grid: Grid) -> dict[str, float]:
@@ -187,6 +195,15 @@ def _token_nats(network: Network, params: Any, rows: Rows, ids: tuple[int, int])
     counted = (rows.tokens >= ids[0]) & (rows.tokens < ids[1])
     nats = model.text_nats(hidden, jnp.roll(rows.tokens, -1, axis=1))
     return jnp.sum(nats[:, :-1] * counted[:, 1:], axis=1)
+
+
+@functools.partial(jax.jit, static_argnames="network")
+def _pixel_nats(network: Network, params: Any, rows: Rows) -> jax.Array:
+    """-log probability of each row's pixels, [b]."""
+    x, model = normalise(rows.patches), network.bind(params)
+    u = jnp.zeros(rows.tokens.shape)
+    hidden = model.hidden(rows.tokens, rows.is_patch, x, u, rows.cell, rows.position, rows.mask)
+    return jnp.sum(pixel_nats(model, rows, hidden, x), axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("network", "diffusion"))

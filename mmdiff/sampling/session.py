@@ -265,12 +265,10 @@ class Session:
         open_images = [cast(ImagePiece, d.pieces[-1]) for d in drafts]
         guided = options.guidance != 1.0 and cfg.layout.markers
         take = np.asarray(padded)
-        caches, starts, logits = [self._rows(self.cache, take)], [[d.place for d in drafts]], [self._rows(self.logits, take)]
+        caches, starts = [self._rows(self.cache, take)], [[d.place for d in drafts]]
         if guided:
             streams = [self._stream(drop_text(d.pieces)) for d in drafts]  # as training drops it
-            cache, other = self._context(self.model, [rows for rows, _ in streams])
-            caches.append(cache)
-            logits.append(other)
+            caches.append(self._context(self.model, [rows for rows, _ in streams]))
             starts.append([place for _, place in streams])
             slots = max(capacity(c) for c in caches)
             caches = [grow(c, slots) for c in caches]
@@ -286,20 +284,20 @@ class Session:
         lowest, highest = options.guidance_interval
         scale = options.guidance if options.autoguidance == 1 else options.autoguidance
         guide = Guidance(*map(np.float32, (scale, lowest, highest, options.guidance_rescale)))
-        canvas = Canvas(position, cell, count, self._known())
+        canvas = Canvas(position, cell, count, self._known(), np.asarray(starts, np.float32))
         weaker = self.model.weak if options.autoguidance != 1 else None
         weak = None
         if weaker is not None:
-            weak = Weak(weaker.params, self._context(weaker, [self._stream(d.pieces)[0] for d in drafts])[0])
-        return Drawing(self.model.params, tuple(caches), canvas, keys, guide, weak, tuple(logits) if cfg.layout.codes else ())
+            weak = Weak(weaker.params, self._context(weaker, [self._stream(d.pieces)[0] for d in drafts]))
+        return Drawing(self.model.params, tuple(caches), canvas, keys, guide, weak)
 
-    def _context(self, model: "Model", streams: list[Rows]) -> tuple[Cache, jax.Array]:
-        """What `model` keeps of these streams, and the logits of what follows them."""
+    def _context(self, model: "Model", streams: list[Rows]) -> Cache:
+        """What `model` keeps of these streams."""
         network = model.network
         cache = empty_cache(network, len(streams), max(len(s.tokens) for s in streams), network.compute_type)
         if not model.cfg.layout.markers:  # images alone: they read nothing before them
-            return cache, self.logits
-        return extend(network, model.params, cache, make_chunk(streams, [0] * len(streams), self._patch_values))
+            return cache
+        return extend(network, model.params, cache, make_chunk(streams, [0] * len(streams), self._patch_values))[0]
 
     def _stream(self, pieces: list[Piece]) -> tuple[Rows, float]:
         """The context stream so far: finished images clean, an open one only announced."""

@@ -12,7 +12,7 @@ and always fits. Letters: b rows, v vocabulary.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,9 @@ from mmdiff.layout import IntervalMask
 from mmdiff.models.network import Network
 from mmdiff.nn.attention import Growing, KeyValue, squeezed
 from mmdiff.sampling.cache import Cache, append, capacity, grow
+
+if TYPE_CHECKING:
+    from mmdiff.sampling.image import Canvas
 
 TEXT, MARKER, ROWS, COLS, DRAW, DONE = range(6)
 NEVER = -1e30
@@ -141,7 +144,7 @@ def write_text(
         )
         return state, fresh, column + 1
 
-    state, fresh, _ = jax.lax.while_loop(active, advance, (state, buffers(network, cache, columns), jnp.int32(0)))
+    state, fresh, _ = jax.lax.while_loop(active, advance, (state, buffers(cache, columns), jnp.int32(0)))
     fresh = jax.tree.map(lambda buffer: buffer.reshape(rows, network.head[0], *buffer.shape[-2:]), fresh)
     return append(grow(cache, slots), fresh, state.read), state
 
@@ -178,12 +181,22 @@ def _lowest(logits: jax.Array, narrow: Narrow) -> jax.Array:
     return jnp.maximum(lowest, jnp.min(jnp.where(keep, ordered, jnp.inf), axis=-1, keepdims=True))
 
 
-def buffers(network: Network, cache: Cache, columns: int) -> tuple[KeyValue, ...]:
+def buffers(cache: Cache, columns: int) -> tuple[KeyValue, ...]:
     """Room for the keys and values of `columns` new tokens per document."""
-    heads, key_width, value_width = network.head
-    rows, dtype = len(cache.length), cache.layers[0].k.dtype
-    buffer = lambda width: squeezed(jnp.zeros((rows, heads, columns, width), dtype))
-    return tuple(KeyValue(buffer(key_width), buffer(value_width)) for _ in cache.layers)
+    empty = lambda a: squeezed(jnp.zeros((*a.shape[:2], columns, a.shape[3]), a.dtype))
+    return tuple(KeyValue(empty(layer.k), empty(layer.v)) for layer in cache.layers)
+
+
+def before_image(model, cache: Cache, canvas: "Canvas", columns: tuple[int, int]) -> jax.Array:
+    """The last hidden state [g * b, d] of streams that end with the size tokens of an image, read once more.
+
+    `columns`: the ids of the size tokens `<cols 1> ..` (Vocabulary.cols_range).
+    """
+    branches = len(canvas.start)
+    token = jnp.tile(jnp.asarray(canvas.cell)[:, 0, 3] + columns[0] - 1, branches)
+    place = jnp.broadcast_to(jnp.asarray(canvas.start).reshape(-1, 1), (len(token), 2))
+    earlier, nowhere = cache._replace(length=cache.length - 1), jnp.zeros((len(token), 4), jnp.int32)
+    return one_token(model, earlier, buffers(cache, 1), jnp.int32(0), token, place, nowhere)[0][:, 0]
 
 
 def one_token(
@@ -195,20 +208,21 @@ def one_token(
     place: jax.Array,
     cell: jax.Array,
     is_patch: bool = False,
+    z: jax.Array | None = None,
 ):
     """Forward pass of one token per document, which reads the cache and the columns before it.
 
     Args:
       fresh: `buffers` for what is new, of which `column` are in use.
       token: int32 [b]; place: float32 [b, 2], its position; cell: int32 [b, 4].
-      is_patch: it stands in an image.
+      is_patch: it stands in an image. z: float32 [b, p], the raw patch there, if it is one.
     Returns:
       hidden [b, 1, d], and the buffers with its keys and values.
     """
     count, slots = len(token), capacity(cache)
     one = jnp.zeros((count, 1), jnp.int32)
-    z = jnp.zeros((count, 1, model.image.values))
-    x = model.embed(token[:, None], jnp.full((count, 1), is_patch), z, jnp.zeros((count, 1)), cell[:, None])
+    patch = jnp.zeros((count, model.image.values)) if z is None else z
+    x = model.embed(token[:, None], jnp.full((count, 1), is_patch), patch[:, None], jnp.zeros((count, 1)), cell[:, None])
     mask = IntervalMask(one, cache.length[:, None], one + slots, one + slots + column + 1)
     context = tuple(Growing(old, new, column) for old, new in zip(cache.layers, fresh, strict=True))
     return model.stack(x, place[:, None], mask, context, keep=True)
