@@ -79,7 +79,7 @@ class Layout:
     @property
     def in_order(self) -> bool:
         """Whether the positions of an image are learnt in the stream, each from those before it."""
-        return self.images in ("next_code", "next_pixel")
+        return self.images.startswith("next_")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

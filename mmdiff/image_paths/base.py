@@ -33,6 +33,8 @@ class ImagePath(Protocol):
     """Sampling options about images that mean something to it."""
     VALIDATIONS: int
     """Draws of noise over which validation averages its loss."""
+    MEASURED: tuple[str, float]
+    """How validation calls the image loss, and by what it divides it."""
 
     def noise(self, network: Network, cfg: config.Config, rows: Rows, key: jax.Array) -> tuple[jax.Array, ...]:
         """What is random about a batch, each array [b, ...]."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 HEEDED: tuple[str, ...] = ("steps", "solver", "grid", "guidance", "guidance_interval", "guidance_rescale", "autoguidance")
 VALIDATIONS = 1
+MEASURED = "image_loss", 1.0
 PURPOSES = {"times": 0, "noise": 1, "steps": 2}
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 HEEDED: tuple[str, ...] = ("steps", "guidance")
 VALIDATIONS = 8
+MEASURED = "code_bits", math.log(2)
 PURPOSES = {"ratios": 0, "order": 1}
 CHOICE_TEMPERATURE = 4.5
 NEVER = -1e30

@@ -9,6 +9,7 @@ Letters: b rows, n codes of an image, v vocabulary, g branches of guidance.
 """
 
 import functools
+import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 HEEDED: tuple[str, ...] = ("guidance",)
 VALIDATIONS = 1
+MEASURED = "code_bits", math.log(2)
 
 
 def noise(network: Network, cfg: config.Config, rows: Rows, key: jax.Array) -> tuple[jax.Array, ...]:

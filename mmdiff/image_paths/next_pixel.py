@@ -15,6 +15,7 @@ Letters: b rows, t positions, k components.
 """
 
 import functools
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 HEEDED: tuple[str, ...] = ()
 VALIDATIONS = 1
+MEASURED = "image_bits_per_dim", math.log(2)
 HALF = 1 / 255  # half the distance of two levels
 LOG_SCALE, LEAST_LOG_SCALE = -2.0, -7.0
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 HEEDED: tuple[str, ...] = ()
 VALIDATIONS = 1
+MEASURED = "image_loss", 1.0
 
 
 def noise(network: Network, cfg: config.Config, rows: Rows, key: jax.Array) -> tuple[jax.Array, ...]:

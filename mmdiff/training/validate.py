@@ -90,8 +90,7 @@ def validate(
 def _validate_rest(
     network: Network, cfg: config.Config, params: Any, batches: Batches, rows: int, between: Callable[[], None]
 ) -> dict[str, float]:
-    """The same of a model that does not denoise: about the texts, and `code_bits`, per code of an image, or (next_pixel)
-    `image_bits_per_dim`, per pixel and channel."""
+    """The same of a model that does not denoise: about the texts, and the image loss under the name that its path gives it."""
     path, size = image_path(cfg.layout), cfg.training.batch_size
     count = max(1, min(rows, batches.rows_per_epoch()) // size)
     nothing = jnp.zeros((), jnp.float32)
@@ -107,8 +106,8 @@ def _validate_rest(
             totals = jax.tree.map(jnp.add, totals, _losses(network, cfg, params, batch, key))
     result = _about_text(totals, path.VALIDATIONS, text_bytes)
     if float(totals.image_weight):
-        name = "code_bits" if cfg.layout.codes else "image_bits_per_dim"
-        result[name] = float(totals.image) / float(totals.image_weight) / math.log(2)
+        name, unit = path.MEASURED
+        result[name] = float(totals.image) / float(totals.image_weight) / unit
     return result
 
 
