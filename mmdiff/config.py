@@ -24,10 +24,11 @@ class Layout:
     """How documents become rows (mmdiff/layout.py)."""
 
     row_length: int = 256
-    images: Literal["denoised", "next_code", "masked_code", "next_pixel", "read"] = "denoised"
+    images: Literal["denoised", "next_code", "masked_code", "next_pixel", "next_patch", "read"] = "denoised"
     """How images enter and leave the model (mmdiff/image_paths/base.py). `denoised`: raw patches, drawn by denoising.
     `next_code`, `masked_code`: codes of data.tokenizer, predicted one after another, or many at a time. `next_pixel`: pixels,
-    predicted one after another. `read`: raw patches that are read and never drawn."""
+    predicted one after another. `next_patch`: raw patches, each regressed on those before it. `read`: raw patches that are
+    read and never drawn."""
     markers: bool = True
     """False: images alone. A row then holds noised blocks and nothing else; texts and given images are left out."""
     time_token: bool = False

@@ -5,6 +5,7 @@
     masked_code     codes, noised block        all of it           where a code is masked        many codes at a time
     next_code       codes, in the stream       what came before    as the next token             code by code
     next_pixel      pixels, in the stream      what came before    by its distribution           pixel by pixel
+    next_patch      raw patches, in the stream what came before    by regression                 patch by patch
     read            raw patches, in the stream what came before    not                           never
 
 Codes are those of data.tokenizer, in one vocabulary with the text. What stands and how it reads is laid out by
@@ -48,13 +49,14 @@ class ImagePath(Protocol):
 
 def image_path(layout: config.Layout) -> ImagePath:
     """The one that a layout names."""
-    from mmdiff.image_paths import denoised, masked_code, next_code, next_pixel, read
+    from mmdiff.image_paths import denoised, masked_code, next_code, next_patch, next_pixel, read
 
     paths: dict[str, ImagePath] = {
         "denoised": denoised,
         "masked_code": masked_code,
         "next_code": next_code,
         "next_pixel": next_pixel,
+        "next_patch": next_patch,
         "read": read,
     }
     return paths[layout.images]

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from mmdiff import config
+from mmdiff.image_paths.next_patch import patch_by_patch
 from mmdiff.layout import Rows
 from mmdiff.models.network import Network
 from mmdiff.models.patches import COMPONENTS
@@ -111,23 +112,8 @@ def draw(model: "Model", drawing: "Drawing", options: "Options") -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("network", "sizes"))
 def _draw(network: Network, sizes: tuple[int, int], drawing: "Drawing", temperature: jax.Array) -> jax.Array:
-    from mmdiff.sampling.image import to_pixels
-    from mmdiff.sampling.text import before_image, buffers, one_token
+    def choose(outputs: jax.Array, column: jax.Array) -> jax.Array:
+        keys = jax.vmap(jax.random.fold_in)(drawing.keys, jnp.full(len(outputs), column))
+        return jax.vmap(drawn, in_axes=(0, 0, None))(outputs, keys, temperature)
 
-    model, canvas, (cache,) = network.bind(drawing.params), drawing.canvas, drawing.caches
-    count, columns = canvas.position.shape[1:3]
-    position, cell = jnp.asarray(canvas.position)[0], jnp.asarray(canvas.cell)
-    at = lambda array, column: jax.lax.dynamic_index_in_dim(array, column, axis=1, keepdims=False)
-    nothing = jnp.zeros(count, jnp.int32)
-
-    def advance(column, carry):
-        outputs, fresh, image = carry
-        keys = jax.vmap(jax.random.fold_in)(drawing.keys, jnp.full(count, column))
-        pixel = jax.vmap(drawn, in_axes=(0, 0, None))(outputs, keys, temperature)
-        place, where = at(position, column), at(cell, column)
-        hidden, fresh = one_token(model, cache, fresh, column, nothing, place, where, is_patch=True, z=pixel)
-        return model.predict(hidden, where[:, None])[:, 0], fresh, image.at[:, column].set(pixel)
-
-    first = model.predict(before_image(model, cache, canvas, sizes)[:, None], cell[:, :1])[:, 0]
-    start = first, buffers(cache, columns), jnp.zeros((count, columns, 3))
-    return to_pixels(jax.lax.fori_loop(0, columns, advance, start)[2])
+    return patch_by_patch(network, sizes, drawing, choose)

@@ -1,5 +1,6 @@
 """Pixels one after another: the mixture against plain numpy, who reads whom, drawing against whole rows, likelihoods."""
 
+import dataclasses
 import functools
 import math
 
@@ -11,7 +12,7 @@ import pytest
 from mmdiff.config import Config, ConfigError, Data, Layout, Model
 from mmdiff.data.vocabulary import Vocabulary
 from mmdiff.document import IMG, Document, Image
-from mmdiff.image_paths import next_pixel
+from mmdiff.image_paths import next_patch, next_pixel
 from mmdiff.layout import lay_out, pack, plan_images, stack, text_pieces
 from mmdiff.models.network import Network
 from mmdiff.models.patches import COMPONENTS, MIXTURE_VALUES
@@ -183,6 +184,34 @@ def test_drawing_from_the_cache_is_drawing_from_whole_rows():
     (alone,) = made.generate([prompt], image_size=SIZE, max_tokens=0, seed=[1])
     np.testing.assert_array_equal(alone.images[-1].pixels, some[1].images[-1].pixels)
     assert (some[0].images[-1].pixels != some[1].images[-1].pixels).any()
+
+
+@functools.cache
+def regressing() -> Trained:
+    """The same on patches of 1 by regression."""
+    cfg = dataclasses.replace(model().cfg, layout=dataclasses.replace(model().cfg.layout, images="next_patch"))
+    key, vocabulary = jax.random.key(2), Vocabulary.bytes(max_grid=4)
+    random = lambda leaf: leaf + 0.2 * jax.random.normal(key, leaf.shape)
+    return Trained(cfg, jax.tree.map(random, jax.jit(Network.of(cfg, vocabulary.size).init)(key)), vocabulary)
+
+
+def test_regression_by_hand_and_drawn_by_feeding_back():
+    made = regressing()
+    rows = rows_of(made, Document("ab", picture(1), "c"))
+    where = np.flatnonzero(rows.is_patch[0])
+    predicted = np.asarray(outputs_of(made.network, made.params, rows))[0, where - 1]
+    expected = np.square(predicted - (rows.patches[0, where] / 127.5 - 1)).mean()
+    losses = next_patch.losses(made.network, made.cfg, made.params, rows)
+    np.testing.assert_allclose(losses.image / losses.image_weight, expected, rtol=1e-5)
+    (out,) = made.generate([Document("ab", IMG)], image_size=SIZE, max_tokens=0, seed=3)
+    image = np.zeros((*SIZE, 3), np.uint8)
+    for index in range(12):
+        rows = rows_of(made, Document("ab", Image(image)), end=False)
+        first = np.flatnonzero(rows.is_patch[0])[0]
+        said = np.asarray(outputs_of(made.network, made.params, rows))[0, first + index - 1]
+        image[np.unravel_index(index, SIZE)] = np.clip(np.rint((said + 1) * 127.5), 0, 255).astype(np.uint8)
+    assert np.abs(out.images[0].pixels.astype(int) - image).max() <= 1  # a value may round the other way
+    assert len(np.unique(image)) > 5
 
 
 def test_what_has_no_meaning_is_refused():
