@@ -1,8 +1,10 @@
 """The experiments on lossless input and discrete tokenizers: their images, their counting, their going on after a kill."""
 
+import dataclasses
 import json
 import runpy
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -15,9 +17,10 @@ from mmdiff.data.probe_pictures import glyph_grid, read_glyphs
 from mmdiff.tokenizers.network import TokenizerNetwork
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "lossless_vs_discrete"
+LARGER = "vq_64", "fsq_64", "continuous_64"
 
 
-@pytest.mark.parametrize("name", ["config", "vq", "simvq", "fsq", "lfq", "rotation", "continuous", "gan", "latents"])
+@pytest.mark.parametrize("name", ["config", "vq", "simvq", "fsq", "lfq", "rotation", "continuous", "gan", "latents", *LARGER])
 def test_every_tokenizer_of_the_experiments_can_be_made(name):
     cfg = load_experiment(f"{FOLDER / 'tokenizers.py'}:{name}")
     params = jax.eval_shape(TokenizerNetwork.of(cfg).init, jax.random.key(0))
@@ -124,6 +127,42 @@ def test_held_out_images_are_of_the_size_asked_for(name, monkeypatch):
     assert [image.shape for image in found] == [(32, 32, 3)] * 3 and (found[0] != found[1]).any()
     with pytest.raises(images["ConfigError"], match="unknown images"):
         images["held_out"]("faces", (32, 32), 3)
+
+
+def test_readers_are_trained_asked_and_kept(monkeypatch, tmp_path, capsys):
+    module = ran("readers.py", monkeypatch)
+    tokenizer = TokenizerOf64()
+    through = module["Through"](module["GeneratorSource"](module["Probes"](0, 3, 64, (("spot", 1.0),)), "probes"), tokenizer)
+    document, plain = through[1], through.source[1]
+    assert [s.pixels.tolist() for s in document.images] == tokenizer.reconstruct([i.pixels for i in plain.images]).tolist()
+    assert document.texts == plain.texts and document.extra == plain.extra and through.outline(1) == through.source.outline(1)
+    module["main"].__globals__["mmdiff"] = types.SimpleNamespace(load_tokenizer=lambda path: tokenizer)
+    small = module["CONFIG"]
+    small = dataclasses.replace(
+        small,
+        model=dataclasses.replace(small.model, width=192, depth=1),
+        data=dataclasses.replace(small.data, size=64),
+        training=dataclasses.replace(small.training, batch_size=2),
+    )
+    module["main"].__globals__["CONFIG"] = small
+    arguments = ["--workdir", str(tmp_path), "--tokenizers", "coarse", "--kinds", "ocr", "--seeds", "1", "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", ["readers.py", *arguments, "--count", "4"])
+    assert module["main"]() == module["main"]() == 0
+    records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(r["front_end"], r["reader"]) for r in records] == [
+        ("raw patches", "anew"),
+        ("coarse", "fixed"),
+        ("coarse", "anew"),
+    ]
+    assert all(0 <= share <= 1 for r in records for share in r["right"].values())
+    assert capsys.readouterr().out.count("| coarse | fixed | 0.000 |") == 2
+
+
+class TokenizerOf64:
+    """Halves the levels."""
+
+    def reconstruct(self, images):
+        return np.stack([image // 2 for image in images])
 
 
 def test_arms_are_compared_on_equal_terms(monkeypatch):

@@ -1,4 +1,4 @@
-"""Discrete tokenizers of 32 x 32 images at patches of 4, 64 codes each: minutes on two CPU cores.
+"""Discrete tokenizers of 32 x 32 images at patches of 4, and of 64 x 64 at patches of 8, 64 codes each: minutes on two cores.
 
     mmdiff train experiments/lossless_vs_discrete/tokenizers.py:vq --workdir runs/tokenizers/vq
     mmdiff evaluate runs/tokenizers/vq --features random
@@ -8,7 +8,10 @@
 All have the same halves and see the same images; `continuous` has no quantizer, and shows what the halves alone lose.
 """
 
+import dataclasses
+
 from mmdiff.config import Config, Data, Layout, Model, Optimizer, Tokenizer, Training
+from mmdiff.data.probes import QUESTIONS
 
 CODES = 1024
 
@@ -63,3 +66,27 @@ def latents() -> Config:
     """One-dimensional: 32 codes for the image as a whole."""
     settings = Tokenizer(quantizer="vq", codes=CODES, code_width=8, latents=32)
     return config(settings, "tokenizer_latents", Model(network="vit_autoencoder", width=128, depth=4, patch=4, head_width=32))
+
+
+LARGER = Model(network="vit_autoencoder", width=192, depth=2, patch=8, head_width=32)
+
+
+def larger(tokenizer: Tokenizer, name: str) -> Config:
+    """Of 64 x 64 pixels, for the readers of E4 (readers.py), from the images that these are asked about. From others:
+    --data.source shapes --data.generator draw 1."""
+    cfg = config(tokenizer, name, LARGER)
+    kinds = tuple((kind, 1.0) for kind in QUESTIONS)
+    data = Data(source="probes", generator_image_size=64, vocabulary="bytes", generator=kinds)
+    return dataclasses.replace(cfg, data=data)
+
+
+def vq_64() -> Config:
+    return larger(Tokenizer(quantizer="vq", codes=CODES, code_width=8), "tokenizer_vq_64")
+
+
+def fsq_64() -> Config:
+    return larger(Tokenizer(quantizer="fsq", levels=(8, 5, 5, 5)), "tokenizer_fsq_64")
+
+
+def continuous_64() -> Config:
+    return larger(Tokenizer(quantizer="none", code_width=8), "tokenizer_continuous_64")

@@ -209,6 +209,8 @@ class Batches:
         return pieces
 
     def _kept(self, pieces: Sequence[Piece]) -> list[Piece]:
+        if self.cfg.model.network in config.AUTOENCODERS:  # a tokenizer learns from all images, also from those given
+            return [p._replace(learn=True) for p in pieces if isinstance(p, ImagePiece)]
         return list(pieces) if self.cfg.layout.markers else learnt_images(pieces)
 
     # Lengths and plans.

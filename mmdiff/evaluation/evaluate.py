@@ -151,8 +151,8 @@ def _has_text(task: Task) -> bool:
 
 
 def _has_image(task: Task) -> bool:
-    """Whether any of the first held-out documents holds an image that is learnt."""
-    return any(isinstance(segment, tuple) and segment[2] for segment in _segments(task))
+    """Whether any of the first held-out documents holds an image that is learnt, for a tokenizer any."""
+    return any(isinstance(segment, tuple) and (segment[2] or task.reconstructs) for segment in _segments(task))
 
 
 def _reconstructs(task: Task) -> bool:

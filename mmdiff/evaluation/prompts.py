@@ -19,13 +19,14 @@ class Drawing(NamedTuple):
 def drawings(source, cfg: config.Config, count: int) -> list[Drawing]:
     """The first learnt image of each document of `source`, with what stands before it; at most `count`.
 
-    With `data.order="both"` the text of a pair stands before its image; a model of images alone is told nothing.
+    With `data.order="both"` the text of a pair stands before its image; a model of images alone is told nothing, and of a
+    tokenizer the first image is wanted, learnt or not.
     """
-    both = cfg.data.order == "both"
+    both, every = cfg.data.order == "both", cfg.model.network in config.AUTOENCODERS
     found: list[Drawing] = []
     for document in _documents(source):
         for place, segment in enumerate(document.segments):
-            if isinstance(segment, Image) and segment.learn:
+            if isinstance(segment, Image) and (segment.learn or every):
                 swap = both and place == 0 and len(document.segments) == 2
                 before = document.segments[1:] if swap else document.segments[:place]
                 if not cfg.layout.markers:

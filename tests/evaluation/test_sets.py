@@ -33,7 +33,7 @@ SPACE = ["precision_recall", "density_coverage", "nearest_train_ratio"]
 class Painter:
     """Draws what it is given, in turn."""
 
-    options, tuned, weak = Model.options, {}, None
+    options, path, tuned, weak, tokenizer = Model.options, Model.path, {}, None, None
 
     def __init__(self, pixels, cfg=CFG):
         self.cfg, self.pixels, self.vocabulary, self.calls = cfg, list(pixels), Vocabulary.bytes(), 0

@@ -13,7 +13,6 @@ from mmdiff.layout import TIME, ImagePlan
 from mmdiff.models import transfusion
 from mmdiff.models.network import Network
 from mmdiff.sampling import image
-from mmdiff.sampling import session as sessions
 from mmdiff.sampling.generate import Model as Sampler
 from tests.sampling.reference import Reference
 
@@ -74,8 +73,8 @@ def test_scanned_layers_equal_unrolled_ones(tiny, monkeypatch):
 def drawn(monkeypatch):
     """x_hat of every call of `draw`, before its rounding."""
     x_hats = []
-    program = jax.jit(lambda *arguments: image.draw.__wrapped__(*arguments), static_argnums=(0, 1))
-    rounded = image.to_pixels
+    plain, rounded = image.draw.__wrapped__, image.to_pixels
+    program = jax.jit(lambda *arguments: plain(*arguments), static_argnums=(0, 1))
 
     def draw(*arguments):
         monkeypatch.setattr(image, "to_pixels", lambda x: x)
@@ -83,7 +82,7 @@ def drawn(monkeypatch):
         monkeypatch.setattr(image, "to_pixels", rounded)
         return rounded(x_hats[-1])
 
-    monkeypatch.setattr(sessions, "draw", draw)
+    monkeypatch.setattr(image, "draw", draw)
     return x_hats
 
 
