@@ -7,7 +7,7 @@ The x-error compares across predictions, losses, weightings and schedules, which
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -63,17 +63,11 @@ def validate(
         return tokenizers.validate(network, cfg, params, batches, rows, between)
     if cfg.layout.images != "denoised":
         return _validate_rest(network, cfg, params, batches, rows, between)
-    size = cfg.training.batch_size
-    count = max(1, min(rows, batches.rows_per_epoch()) // size)
     nothing = jnp.zeros((), jnp.float32)
     totals, x_error = Losses(nothing, nothing, nothing, nothing), {s: np.zeros(2) for s in SIGMAS}
     text_bytes = 0
-    for index in range(count):
-        between()
-        batch = batches.batch(index)
-        text_bytes += _text_bytes(batches, batch)
-        if network.mesh is not None:
-            batch = place_rows(batch, network.mesh)
+    for index, batch, added in _held_out(network, cfg, batches, rows, between):
+        text_bytes += added
         for level, sigma in enumerate(SIGMAS):
             key = jax.random.fold_in(jax.random.key(index), level)
             sums, wrong, all_of = measure(network, cfg.diffusion, params, batch, key, jnp.float32(sigma))
@@ -91,16 +85,10 @@ def _validate_rest(
     network: Network, cfg: config.Config, params: Any, batches: Batches, rows: int, between: Callable[[], None]
 ) -> dict[str, float]:
     """The same of a model that does not denoise: about the texts, and the image loss under the name that its path gives it."""
-    path, size = image_path(cfg.layout), cfg.training.batch_size
-    count = max(1, min(rows, batches.rows_per_epoch()) // size)
-    nothing = jnp.zeros((), jnp.float32)
+    path, nothing = image_path(cfg.layout), jnp.zeros((), jnp.float32)
     totals, text_bytes = Losses(nothing, nothing, nothing, nothing), 0
-    for index in range(count):
-        between()
-        batch = batches.batch(index)
-        text_bytes += _text_bytes(batches, batch)
-        if network.mesh is not None:
-            batch = place_rows(batch, network.mesh)
+    for index, batch, added in _held_out(network, cfg, batches, rows, between):
+        text_bytes += added
         for draw in range(path.VALIDATIONS):
             key = jax.random.fold_in(jax.random.key(index), draw)
             totals = jax.tree.map(jnp.add, totals, _losses(network, cfg, params, batch, key))
@@ -109,6 +97,17 @@ def _validate_rest(
         name, unit = path.MEASURED
         result[name] = float(totals.image) / float(totals.image_weight) / unit
     return result
+
+
+def _held_out(
+    network: Network, cfg: config.Config, batches: Batches, rows: int, between: Callable[[], None]
+) -> Iterator[tuple[int, Rows, int]]:
+    """Number, rows and bytes of text of each batch of the first `rows` rows."""
+    for index in range(max(1, min(rows, batches.rows_per_epoch()) // cfg.training.batch_size)):
+        between()
+        batch = batches.batch(index)
+        text_bytes = _text_bytes(batches, batch)
+        yield index, batch if network.mesh is None else place_rows(batch, network.mesh), text_bytes
 
 
 @functools.partial(jax.jit, static_argnames=("network", "cfg"))
