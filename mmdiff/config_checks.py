@@ -111,6 +111,12 @@ def _check_images(cfg: "Config") -> None:
     for other in unread:
         value, usual = getattr(model, other), getattr(type(model)(), other)
         require(value == usual, f"model.{other}={value!r} has no meaning with {name}; change that, or leave it at {usual!r}.")
+    usual = type(layout)().trailing_context
+    require(
+        layout.blocks or layout.trailing_context == usual,
+        f"layout.trailing_context={layout.trailing_context} has no meaning with {name}, whose images always "
+        f"stand in the stream; change that, or leave it at {usual}.",
+    )
     if layout.images == "next_pixel":
         require(model.patch == 1, f"{name} predicts pixels: set model.patch=1, not {model.patch}.")
     if not layout.codes:

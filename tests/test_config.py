@@ -112,6 +112,7 @@ INVALID = [
     (lambda: with_codes(Model(lossless=False), diffusion=Diffusion(shift=2.0)), "diffusion.shift", "2.0"),
     (lambda: with_codes(Model(lossless=False), sampling=Sampling(steps=4)), "sampling.steps", "4"),
     (lambda: Config(layout=Layout(images="read"), model=Model(zero_head=False)), "model.zero_head", "False"),
+    (lambda: Config(layout=Layout(images="read", trailing_context=0.5)), "layout.trailing_context", "0.5"),
     (lambda: Config(layout=Layout(images="read"), sampling=Sampling(guidance=2.0)), "sampling.guidance", "2.0"),
     (lambda: Diffusion(time_std=0.0), "diffusion.time_std", "0.0"),
     (lambda: Diffusion(shift=-1.0), "diffusion.shift", "-1.0"),
