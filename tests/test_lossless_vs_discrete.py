@@ -17,10 +17,11 @@ from mmdiff.data.probe_pictures import glyph_grid, read_glyphs
 from mmdiff.tokenizers.network import TokenizerNetwork
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "lossless_vs_discrete"
-LARGER = "vq_64", "fsq_64", "continuous_64"
+TOKENIZERS = ["config", "vq", "simvq", "fsq", "lfq", "rotation", "continuous", "convolutional", "gan", "latents"]
+LARGER = ["vq_64", "fsq_64", "continuous_64"]
 
 
-@pytest.mark.parametrize("name", ["config", "vq", "simvq", "fsq", "lfq", "rotation", "continuous", "gan", "latents", *LARGER])
+@pytest.mark.parametrize("name", TOKENIZERS + LARGER)
 def test_every_tokenizer_of_the_experiments_can_be_made(name):
     cfg = load_experiment(f"{FOLDER / 'tokenizers.py'}:{name}")
     params = jax.eval_shape(TokenizerNetwork.of(cfg).init, jax.random.key(0))

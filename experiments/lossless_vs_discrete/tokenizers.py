@@ -16,7 +16,8 @@ from mmdiff.data.probes import QUESTIONS
 CODES = 1024
 
 
-HALVES = Model(network="conv_autoencoder", width=32, depth=1, patch=4, channels=(1, 2, 2), head_width=32)
+HALVES = Model(network="vit_autoencoder", width=128, depth=2, patch=4, head_width=32)
+CONVOLUTIONS = Model(network="conv_autoencoder", width=32, depth=1, patch=4, channels=(1, 2, 2), head_width=32)
 
 
 def config(tokenizer: Tokenizer | None = None, name: str = "tokenizer_vq", model: Model = HALVES) -> Config:
@@ -56,16 +57,21 @@ def continuous() -> Config:
     return config(Tokenizer(quantizer="none", code_width=8), "tokenizer_continuous")
 
 
+def convolutional() -> Config:
+    """`vq` between convolutions, at four times the operations a step."""
+    return config(name="tokenizer_convolutional", model=CONVOLUTIONS)
+
+
 def gan() -> Config:
-    """`vq` with a discriminator, from step 1,000 on."""
+    """`convolutional` with a discriminator, from step 1,000 on."""
     settings = Tokenizer(quantizer="vq", codes=CODES, code_width=8, error="l1", adversarial=0.5, adversarial_start=1000)
-    return config(settings, "tokenizer_gan")
+    return config(settings, "tokenizer_gan", CONVOLUTIONS)
 
 
 def latents() -> Config:
     """One-dimensional: 32 codes for the image as a whole."""
     settings = Tokenizer(quantizer="vq", codes=CODES, code_width=8, latents=32)
-    return config(settings, "tokenizer_latents", Model(network="vit_autoencoder", width=128, depth=4, patch=4, head_width=32))
+    return config(settings, "tokenizer_latents", dataclasses.replace(HALVES, depth=4))
 
 
 LARGER = Model(network="vit_autoencoder", width=192, depth=2, patch=8, head_width=32)
