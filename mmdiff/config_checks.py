@@ -88,6 +88,11 @@ def _check_images(cfg: "Config") -> None:
         f"{name} and data.tokenizer={cfg.data.tokenizer!r} do not go together: with codes set it to the folder of "
         "a tokenizer's run, with raw patches leave it empty.",
     )
+    require(
+        model.sparse == "none" or (layout.in_order and model.depth > 1),
+        f"model.sparse={model.sparse!r} takes turns with layers and is for images that are read in order: it needs "
+        f"model.depth above 1 and layout.images='next_...', not {model.depth} and {layout.images!r}.",
+    )
     if layout.images == "denoised":
         return
     require(not model.step_input and cfg.few_step.objective == "none", f"{name} has no few-step training.")

@@ -74,6 +74,9 @@ class Model:
     """`smooth`: low-frequency features of u. `table`: the 1000-entry table of the DDPM schedule."""
     step_input: bool = False
     """Also tell each patch the length of the step that it is to take (few_step); no difference where that is 0."""
+    sparse: Literal["none", "strided"] = "none"
+    """What a position of an image reads of the image: all that its mask allows; or by turns its column and a row's length
+    (mmdiff/nn/strided.py), for images that are read in order."""
     attention: Literal["auto", "dense", "blockwise", "pallas"] = "auto"
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto`: bfloat16 on accelerators, float32 on CPU. Parameters are always float32."""

@@ -9,7 +9,8 @@
 - With layout.images="next_code", "next_pixel" or "read" an image stands in the stream alone, and its positions read what came
   before them.
 - Codes of a tokenizer stand as tokens where raw patches would (layout.images="next_code" or "masked_code").
-- Every query reads at most two key intervals, so a mask is four int32 vectors, never T x T (`IntervalMask`).
+- Every query reads at most two key intervals, so a mask is four int32 vectors, never T x T (`IntervalMask`). That holds for
+  strided attention, too, which works on images column by column (nn/strided.py).
 - Positions are 2-D: text at (p, p), the patches of an image around the diagonal (`patch_positions`).
 - Without markers (`layout.markers=False`) there is no stream: the noised blocks of a document are all there is.
 

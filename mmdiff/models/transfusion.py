@@ -21,12 +21,14 @@ from jax.sharding import PartitionSpec
 from mmdiff import config
 from mmdiff.layout import TIME, IntervalMask
 from mmdiff.models.patches import MIXTURE_VALUES, TIME_FREQUENCIES, Codes, RawPatches, time_features
+from mmdiff.nn import strided
 from mmdiff.nn.around import TIME_WIDTH, Around
 from mmdiff.nn.attention import Growing, KeyValue
 from mmdiff.nn.attention_tiled import SAVED
 from mmdiff.nn.gau import GatedAttentionUnit
 from mmdiff.nn.layers import GATHERED, Linear, RMSNorm, gather, parameter
 from mmdiff.nn.rope import rotation
+from mmdiff.nn.strided import View
 from mmdiff.nn.transformer_block import TransformerBlock
 from mmdiff.parallel.sharding import NOWHERE, Placement
 
@@ -53,6 +55,7 @@ class Embedded(NamedTuple):
     """What enters the stack."""
 
     x: jax.Array  # [b, t, d]
+    cell: jax.Array  # int32 [b, t, 4]
     time: jax.Array | None = None  # [b, t, TIME_WIDTH], with model.time="adaln"
 
 
@@ -126,7 +129,7 @@ class Transfusion(nnx.Module):
         time = None
         if self.cfg.time == "adaln":
             time = jax.nn.silu(self.time_in(time_features(u))).astype(dtype)
-        return Embedded(self.place(x, "rows", None, None), time)
+        return Embedded(self.place(x, "rows", None, None), jnp.asarray(cell), time)
 
     def stack(
         self,
@@ -144,16 +147,20 @@ class Transfusion(nnx.Module):
           keep: also return the keys and values of x, per layer [b, h, t, .] (see attention.join).
         """
         cfg, x = self.cfg, embedded.x
-        width = cfg.key_width if cfg.block == "gau" else cfg.head_width
-        angles = rotation(position, width, cfg.rope_base) if cfg.rope == "axial" else None
-        around = Around(position, angles, mask, embedded.time)
+        views = [View(mask)]
+        if cfg.sparse == "strided":
+            one_by_one = context is not None and isinstance(context[0], Growing)
+            views = [*strided.views(mask, embedded.cell, whole=not one_by_one)]
+        arounds = [self._around(embedded, position, view) for view in views]
 
-        def layer(x, block, before=None):
-            x, kept = block(x, around, before)
-            return self.place(x, "rows", None, None), kept
+        def layer(x, block, before=None, around=arounds[0]):
+            order, back = around.view.order, around.view.back
+            x, kept = block(x if order is None else strided.taken(x, order), around, before)
+            return self.place(x if back is None else strided.taken(x, back), "rows", None, None), kept
 
         stacked = not isinstance(jax.tree.leaves(self.blocks, is_leaf=is_layers)[0], tuple)
-        scanned = stacked and context is None and not keep and not unrolled(self.cfg, self.place)
+        alike = cfg.sparse == "none"  # all layers: else they are unrolled
+        scanned = stacked and context is None and not keep and alike and not unrolled(self.cfg, self.place)
         if self.cfg.remat != "none" or self.place.split:
             layer = jax.checkpoint(layer, policy=KEPT[self.cfg.remat], prevent_cse=not scanned)
         if scanned:
@@ -165,9 +172,26 @@ class Transfusion(nnx.Module):
             if skips and index >= cfg.depth - len(skips):
                 x = skips[index - (cfg.depth - len(skips))](x, inputs[cfg.depth - 1 - index])
             inputs.append(x)
-            x, own = layer(x, block, context[index] if context is not None else None)
+            x, own = layer(x, block, context[index] if context is not None else None, arounds[index % len(arounds)])
             kept.append(own)
         return x, tuple(kept) if keep else None
+
+    def _around(self, embedded: Embedded, position: jax.Array, view: View) -> Around:
+        """What a layer is told of positions [b, t, 2] in the order of its view."""
+        cfg, time = self.cfg, embedded.time
+        if view.order is not None:
+            position = strided.taken(jnp.asarray(position), view.order)
+            time = strided.taken(time, view.order) if time is not None else None
+        width = cfg.key_width if cfg.block == "gau" else cfg.head_width
+        angles = rotation(position, width, cfg.rope_base) if cfg.rope == "axial" else None
+        return Around(position, angles, view.mask, time, view)
+
+    def columns(self, cell: jax.Array, column: jax.Array) -> list[jax.Array]:
+        """Where each layer's buffers (attention.Growing) take token number `column` of what is written, in cells [b, 4]."""
+        if self.cfg.sparse == "none":
+            return [column] * self.cfg.depth
+        down = jnp.where(cell[:, 2] > 0, strided.by_column(cell), column)
+        return [column if layer % 2 else down for layer in range(self.cfg.depth)]
 
     def _scan(self, layer, x: jax.Array) -> jax.Array:
         """All layers on [b, t, d], one compiled body."""

@@ -9,6 +9,7 @@ from mmdiff import config
 from mmdiff.layout import IntervalMask
 from mmdiff.nn.layers import Linear, parameter, parts
 from mmdiff.nn.rope import mixed_frequencies, mixed_rotation, rotate
+from mmdiff.nn.strided import View
 from mmdiff.parallel.sharding import NOWHERE, Placement
 
 TIME_WIDTH = 128  # of the time as scale, shift and gate read it
@@ -19,6 +20,7 @@ class Around(NamedTuple):
     angles: Any  # Rotation of model.rope="axial", the same for all layers; else None
     mask: IntervalMask
     time: Any = None  # [b, t, TIME_WIDTH], with model.time="adaln"
+    view: View | None = None  # with model.sparse
 
 
 class Turn(nnx.Module):

@@ -35,7 +35,7 @@ class Growing(NamedTuple):
 
     cache: KeyValue
     fresh: KeyValue  # [b, h, m, .], as `squeezed`
-    column: jax.Array  # int32 []; where the next token goes, in every row
+    column: jax.Array  # int32 [], or [b]; where the next token goes, in every row or in each
 
 
 def join(context: KeyValue | Growing | None, own: KeyValue) -> tuple[list[KeyValue], KeyValue]:
@@ -44,7 +44,9 @@ def join(context: KeyValue | Growing | None, own: KeyValue) -> tuple[list[KeyVal
         return [own], own
     if isinstance(context, Growing):
         # written first and read afterwards, so that a loop needs no second copy
-        at = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, squeezed(new), context.column, axis=-2)
+        update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=-2)
+        update = jax.vmap(update) if context.column.ndim else update
+        at = lambda old, new: update(old, squeezed(new), context.column)
         fresh = jax.tree.map(at, context.fresh, own)
         heads_first = jax.tree.map(lambda new, buffer: buffer.reshape(*new.shape[:2], *buffer.shape[-2:]), own, fresh)
         return [context.cache, heads_first], fresh

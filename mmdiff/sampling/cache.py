@@ -8,6 +8,7 @@ Letters: b rows (documents), s cache slots, t positions of a chunk, p patch valu
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -67,9 +68,23 @@ def grow(cache: Cache, slots: int) -> Cache:
     return cache._replace(layers=jax.tree.map(lambda a: jnp.pad(a, pad), cache.layers))
 
 
-def make_chunk(streams: list[Rows], starts: list[int], patch_values: int) -> Chunk:
-    """The positions from `starts[b]` on of each laid-out stream (no noised blocks), padded to a common length."""
-    counts = [len(stream.tokens) - start for stream, start in zip(streams, starts, strict=True)]
+def chunks(network: Network, streams: list[Rows], starts: list[int]) -> Iterator[Chunk]:
+    """The positions from `starts[b]` on of each laid-out stream (no noised blocks): in one chunk, or where layers are
+    sparse in several, so that an image begins its chunk (nn/strided.py)."""
+    stops = [[len(stream.tokens)] for stream in streams]
+    if network.cfg.sparse != "none":
+        for start, stop, stream in zip(starts, stops, streams, strict=True):
+            begins = np.flatnonzero(np.diff(stream.image, prepend=0) > 0)
+            stop[:0] = [int(at) for at in begins if at > start]
+    for number in range(max(map(len, stops))):
+        ends = [stop[min(number, len(stop) - 1)] for stop in stops]
+        yield make_chunk(streams, starts, ends, network.patch_values)
+        starts = ends
+
+
+def make_chunk(streams: list[Rows], starts: list[int], ends: list[int], patch_values: int) -> Chunk:
+    """The positions from `starts[b]` to `ends[b]` of each laid-out stream, padded to a common length."""
+    counts = [end - start for start, end in zip(starts, ends, strict=True)]
     rows, length = len(streams), round_up(max(counts), CHUNK_BUCKET)
     chunk = Chunk(
         tokens=np.zeros((rows, length), np.int32),
@@ -80,10 +95,10 @@ def make_chunk(streams: list[Rows], starts: list[int], patch_values: int) -> Chu
         read=np.zeros((rows, length), np.int32),
         counts=np.asarray(counts, np.int32),
     )
-    for b, (stream, start, count) in enumerate(zip(streams, starts, counts, strict=True)):
+    for b, (stream, start, end, count) in enumerate(zip(streams, starts, ends, counts, strict=True)):
         for name in ("tokens", "patches", "is_patch", "position", "cell"):
-            getattr(chunk, name)[b, :count] = getattr(stream, name)[start:]
-        chunk.read[b, :count] = stream.context_end[start:] - start
+            getattr(chunk, name)[b, :count] = getattr(stream, name)[start:end]
+        chunk.read[b, :count] = stream.context_end[start:end] - start
     return chunk
 
 

@@ -35,7 +35,7 @@ from mmdiff.layout import (
 )
 from mmdiff.parallel.distributed import fetch
 from mmdiff.sampling import text
-from mmdiff.sampling.cache import CHUNK_BUCKET, SLOT_BUCKET, Cache, capacity, empty_cache, extend, grow, make_chunk, round_up
+from mmdiff.sampling.cache import CHUNK_BUCKET, SLOT_BUCKET, Cache, capacity, chunks, empty_cache, extend, grow, round_up
 from mmdiff.sampling.image import Canvas, Drawing, Guidance, Known, Weak
 
 if TYPE_CHECKING:
@@ -181,11 +181,11 @@ class Session:
         pending = [len(s.tokens) - d.read for (s, _), d in zip(streams, self.drafts, strict=True)]
         if not any(pending):
             return
-        chunk = make_chunk([s for s, _ in streams], [d.read for d in self.drafts], self._patch_values)
         self._reserve(max(len(s.tokens) for s, _ in streams))
-        self.cache, logits = extend(self.model.network, self.model.params, self.cache, chunk)
-        fresh = np.asarray(pending) > 0
-        self.logits = logits if fresh.all() else jnp.where(fresh[:, None], logits, self.logits)
+        for chunk in chunks(self.model.network, [s for s, _ in streams], [d.read for d in self.drafts]):
+            self.cache, logits = extend(self.model.network, self.model.params, self.cache, chunk)
+            fresh = chunk.counts > 0
+            self.logits = logits if fresh.all() else jnp.where(fresh[:, None], logits, self.logits)
         for draft, (stream, place) in zip(self.drafts, streams, strict=True):
             draft.read, draft.place = len(stream.tokens), place
 
@@ -297,7 +297,9 @@ class Session:
         cache = empty_cache(network, len(streams), max(len(s.tokens) for s in streams), network.compute_type)
         if not model.cfg.layout.markers:  # images alone: they read nothing before them
             return cache
-        return extend(network, model.params, cache, make_chunk(streams, [0] * len(streams), self._patch_values))[0]
+        for chunk in chunks(network, streams, [0] * len(streams)):
+            cache, _ = extend(network, model.params, cache, chunk)
+        return cache
 
     def _stream(self, pieces: list[Piece]) -> tuple[Rows, float]:
         """The context stream so far: finished images clean, an open one only announced."""

@@ -224,7 +224,7 @@ def one_token(
     patch = jnp.zeros((count, model.image.values)) if z is None else z
     x = model.embed(token[:, None], jnp.full((count, 1), is_patch), patch[:, None], jnp.zeros((count, 1)), cell[:, None])
     mask = IntervalMask(one, cache.length[:, None], one + slots, one + slots + column + 1)
-    context = tuple(Growing(old, new, column) for old, new in zip(cache.layers, fresh, strict=True))
+    context = tuple(map(Growing, cache.layers, fresh, model.columns(cell, column)))
     return model.stack(x, place[:, None], mask, context, keep=True)
 
 

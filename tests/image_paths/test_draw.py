@@ -48,9 +48,11 @@ def next_codes_by_whole_rows(made, pieces, scale, shift=0):
     return drawn
 
 
-@pytest.mark.parametrize(("block", "scale"), [("attention", 1.0), ("gau", 3.0)])
-def test_next_codes_from_the_cache_are_those_of_whole_rows(block, scale):
-    made = model("next_code", block=block)
+@pytest.mark.parametrize(
+    ("block", "scale", "sparse"), [("attention", 1.0, "none"), ("gau", 3.0, "none"), ("gau", 3.0, "strided")]
+)
+def test_next_codes_from_the_cache_are_those_of_whole_rows(block, scale, sparse):
+    made = model("next_code", block=block, sparse=sparse)
     prompt = Document("abc", picture(3), "de", IMG)
     (out,) = made.generate([prompt], guidance=scale, **GREEDY)
     pieces = [*pieces_of(made, Document("abc", picture(3), "de")), ImagePiece(None, *GRID)]

@@ -22,9 +22,9 @@ SIZE = 3, 4
 
 
 @functools.cache
-def model(block: str = "attention") -> Trained:
+def model(block: str = "attention", sparse: str = "none") -> Trained:
     cfg = Config(
-        model=Model(width=32, depth=2, patch=1, block=block, head_width=16, key_width=16, compute="float32"),
+        model=Model(width=32, depth=2, patch=1, block=block, head_width=16, key_width=16, compute="float32", sparse=sparse),
         layout=Layout(row_length=64, max_grid=4, images="next_pixel"),
         data=Data(image_size=SIZE),
     )
@@ -152,9 +152,9 @@ def bits_by_hand(made, rows):
     return nats / math.log(2) / (3 * len(where))
 
 
-@pytest.mark.parametrize("block", ["attention", "gau"])
-def test_likelihoods_are_those_of_the_formula(block):
-    made = model(block)
+@pytest.mark.parametrize(("block", "sparse"), [("attention", "none"), ("gau", "none"), ("gau", "strided")])
+def test_likelihoods_are_those_of_the_formula(block, sparse):
+    made = model(block, sparse)
     document = Document("ab", picture(1), "c")
     rows = rows_of(made, document)
     expected = bits_by_hand(made, rows)
@@ -164,8 +164,9 @@ def test_likelihoods_are_those_of_the_formula(block):
     np.testing.assert_allclose(losses.image / losses.image_weight / math.log(2), expected, rtol=1e-4)
 
 
-def test_drawing_from_the_cache_is_drawing_from_whole_rows():
-    made = model()
+@pytest.mark.parametrize("sparse", ["none", "strided"])
+def test_drawing_from_the_cache_is_drawing_from_whole_rows(sparse):
+    made = model("attention", sparse)
     prompt = Document("ab", picture(2), "c", IMG)
     (out,) = made.generate([prompt], image_size=SIZE, max_tokens=0, temperature=0.0)
     image = np.zeros((*SIZE, 3), np.uint8)

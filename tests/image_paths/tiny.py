@@ -25,11 +25,19 @@ def tokenizer(name: str = "fsq") -> Tokenizer:
     return Tokenizer(cfg, jax.jit(TokenizerNetwork.of(cfg).init)(jax.random.key(3)))
 
 
-def configuration(images: str, block: str = "attention", **layout) -> Config:
+def configuration(images: str, block: str = "attention", sparse: str = "none", **layout) -> Config:
     codes = images in ("next_code", "masked_code")
     return Config(
         model=Model(
-            width=48, depth=2, patch=PATCH, block=block, head_width=16, key_width=16, lossless=not codes, compute="float32"
+            width=48,
+            depth=2,
+            patch=PATCH,
+            block=block,
+            head_width=16,
+            key_width=16,
+            lossless=not codes,
+            compute="float32",
+            sparse=sparse,
         ),
         layout=Layout(row_length=64, max_grid=4, images=images, **layout),
         data=Data(image_size=SIZE, tokenizer="somewhere" if codes else ""),

@@ -89,6 +89,7 @@ OTHER = {  # a value that is not the default, for every field that a rival might
     "qk_norm": True,
     "bias": True,
     "rope": "none",
+    "sparse": "strided",
     "rope_base": 10.0,
     "positions": "raster",
     "places": "learned",
