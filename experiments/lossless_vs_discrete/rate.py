@@ -1,13 +1,13 @@
 """E1 and E3: bits and what they buy. Tokenizers beside PNG, WebP and JPEG, on the same held-out images.
 
     python experiments/lossless_vs_discrete/rate.py --tokenizers runs/tokenizers/vq runs/tokenizers/fsq \\
-        --priors runs/systems/vq_ar --images shapes words documents=data/faces_32
+        --priors runs/systems/vq_ar --pixels runs/systems/pixels --images shapes words documents=data/faces_32
 
 Bits of an image are counted in three ways: nominal (codes times log2 of how many there are), by the entropy of single codes,
 and, given a model of `layout.images="next_code"` on that tokenizer, by what the model finds unlikely about all codes of an
-image without a text (an upper bound on their entropy, and what a lossless coder would need). PNG and WebP are lossless: raw
-patches carry that much. JPEG and lossy WebP are anchors: their files hold a header of some hundred bytes, which counts for much
-in images of this size and is given apart.
+image without a text (an upper bound on their entropy, and what a lossless coder would need). PNG and WebP are lossless, and so
+would be a coder with a model of next pixels (--pixels): raw patches carry that much. JPEG and lossy WebP are anchors: their
+files hold a header of some hundred bytes, which counts for much in images of this size and is given apart.
 
 Claims: (1) prior < entropy < nominal << lossless; (2) on images unlike those it was trained on, a tokenizer gives back less
 than JPEG does with as many bits, without its header. (1) would be wrong if any of the orders did not hold; (2) if a tokenizer's
@@ -103,12 +103,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizers", nargs="+", type=Path, required=True, metavar="RUN")
     parser.add_argument("--priors", nargs="*", type=Path, default=[], metavar="RUN", help="models of next codes on one of them")
+    parser.add_argument("--pixels", type=Path, metavar="RUN", help="a model of next pixels")
     parser.add_argument("--images", nargs="+", default=["shapes", "words"], metavar="NAME")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     tokenizers = {path: mmdiff.load_tokenizer(path) for path in arguments.tokenizers}
     priors = [mmdiff.load(path) for path in arguments.priors]
+    pixels = mmdiff.load(arguments.pixels) if arguments.pixels else None
     found = {}
     for name in arguments.images:
         rows = []
@@ -117,6 +119,10 @@ def main() -> int:
             on_it = [p for p in priors if p.tokenizer is not None and p.tokenizer.fingerprint == tokenizer.fingerprint]
             rows.append({"name": path.name} | by_tokenizer(tokenizer, real, on_it[0] if on_it else None))
         found[name] = {"codecs": by_codecs(real), "tokenizers": rows}
+        if pixels is not None:
+            told = [each["image_bits_per_dim"] for each in pixels.score([Document(Image(image)) for image in real])]
+            row = {"name": "next pixels", "bits": float(np.mean(told)) * real[0].size, "header": 0}
+            found[name]["codecs"].insert(0, row | {"psnr": math.inf, "ssim": 1.0})
     print(json.dumps(found) if arguments.json else "\n\n".join(lines(name, **parts) for name, parts in found.items()))
     return 0
 

@@ -9,9 +9,13 @@
     fsq_ar    the same with FSQ codes
     masked    VQ codes, masked prediction and parallel drawing         MaskGIT, Show-o
 
+    pixels    pixels one after another, of images alone: how many bits these hold at most (rate.py)        PixelCNN++
+
 Width, depth, blocks, positions, data and optimiser are the same; parameters differ by what stands at an image's positions.
 Any other tokenizer of 32 x 32 images at patches of 4: --data.tokenizer FOLDER.
 """
+
+import dataclasses
 
 from mmdiff.config import Config, Data, Layout, Model, Optimizer, Sampling, Training
 
@@ -49,3 +53,14 @@ def fsq_ar() -> Config:
 
 def masked() -> Config:
     return config("masked", "masked_code", f"{TOKENIZERS}/vq", steps=12)
+
+
+def pixels() -> Config:
+    cfg = config("pixels", "next_pixel")
+    return dataclasses.replace(
+        cfg,
+        model=dataclasses.replace(cfg.model, patch=1, sparse="strided"),
+        layout=dataclasses.replace(cfg.layout, row_length=1032, max_grid=32, text_drop=1.0),
+        data=dataclasses.replace(cfg.data, generator=(("draw", 1.0),)),
+        training=dataclasses.replace(cfg.training, batch_size=4, sample_every=0),
+    )
