@@ -25,10 +25,16 @@ def rotate_to(z: jax.Array, q: jax.Array) -> jax.Array:
     """The value of q with the gradient (3) for z and none for q; finite also for z = -q and z = 0."""
     fixed, q = jax.lax.stop_gradient((z, q))
     u = unit(fixed)
-    w = unit_or_zero(u + unit(q))
+    w = unit_or_zero(rounded(u) + rounded(unit(q)))
     reflected = z - 2 * (z * u).sum(-1, keepdims=True) * u
     rotated = reflected - 2 * (reflected * w).sum(-1, keepdims=True) * w
     return straight_through(rotated * length(q) / jnp.maximum(length(fixed), EPS), q)
+
+
+def rounded(x: jax.Array) -> jax.Array:
+    """x without its last bit. XLA may compute a value once for every use of it, and fuse the last product before a sum with
+    that sum in one but not in another: nearly opposite vectors then had two different sums. Bits cannot be cut unrounded."""
+    return jax.lax.reduce_precision(x, 8, 22)
 
 
 def length(x: jax.Array) -> jax.Array:
