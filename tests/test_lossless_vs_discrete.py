@@ -1,6 +1,5 @@
 """The experiments on lossless input and discrete tokenizers: their images, their counting, their going on after a kill."""
 
-import dataclasses
 import json
 import runpy
 import sys
@@ -130,30 +129,47 @@ def test_held_out_images_are_of_the_size_asked_for(name, monkeypatch):
         images["held_out"]("faces", (32, 32), 3)
 
 
-def test_readers_are_trained_asked_and_kept(monkeypatch, tmp_path, capsys):
-    module = ran("readers.py", monkeypatch)
-    tokenizer = TokenizerOf64()
-    through = module["Through"](module["GeneratorSource"](module["Probes"](0, 3, 64, (("spot", 1.0),)), "probes"), tokenizer)
-    document, plain = through[1], through.source[1]
-    assert [s.pixels.tolist() for s in document.images] == tokenizer.reconstruct([i.pixels for i in plain.images]).tolist()
-    assert document.texts == plain.texts and document.extra == plain.extra and through.outline(1) == through.source.outline(1)
-    module["main"].__globals__["mmdiff"] = types.SimpleNamespace(load_tokenizer=lambda path: tokenizer)
-    small = module["CONFIG"]
-    small = dataclasses.replace(
-        small,
-        model=dataclasses.replace(small.model, width=192, depth=1),
-        data=dataclasses.replace(small.data, size=64),
-        training=dataclasses.replace(small.training, batch_size=2),
-    )
-    module["main"].__globals__["CONFIG"] = small
+@pytest.fixture
+def readers(monkeypatch):
+    return ran("readers.py", monkeypatch)
+
+
+def test_examples_hold_what_was_asked_and_what_the_tokenizer_left(readers):
+    documents = readers["held_out"](readers["QUESTIONS"], 3)
+    assert len(documents) == 3 * 6 + 15
+    plain, through = (readers["examples"](documents, tokenizer) for tokenizer in (None, TokenizerOf64()))
+    np.testing.assert_array_equal(through.images, plain.images // 2)
+    for index, document in enumerate(documents):
+        shown = [image.pixels for image in document.images]
+        np.testing.assert_array_equal(plain.images[index], shown * (2 // len(shown)))
+        signs = "".join(readers["SIGNS"][sign] for sign in plain.answer[index]).strip()
+        assert signs == (document.extra["answer"] if document.extra["kind"] != "same" else document.extra["answer"][0])
+    assert set(plain.size[plain.kind == 0]) >= {1, 2} and not plain.size[plain.kind > 0].any()
+
+
+def test_a_reader_learns_what_stands_still_there_and_right_answers_are_counted(readers):
+    source = readers["Probes"](0, 32, 64, (("ocr", 1.0),))
+    data = readers["examples"]([source[i] for i in range(32)])
+    readers["trained"].__globals__["BATCH"] = 16
+    params = readers["trained"](data, 80, 0)
+    found = readers["asked"](params, data)
+    assert found["ocr"] > 0.9  # by heart
+    other = data._replace(answer=data.answer[::-1])
+    assert readers["asked"](params, other)["ocr"] < 0.3
+    sizes = np.array([(data.size == size).mean() for size in range(1, 6)])
+    np.testing.assert_allclose(sizes @ [found[f"ocr {size}"] for size in range(1, 6)], found["ocr"], rtol=1e-6)
+
+
+def test_readers_are_trained_asked_and_kept(readers, monkeypatch, tmp_path, capsys):
+    readers["main"].__globals__["mmdiff"] = types.SimpleNamespace(load_tokenizer=lambda path: TokenizerOf64())
     arguments = ["--workdir", str(tmp_path), "--tokenizers", "coarse", "--kinds", "ocr", "--seeds", "1", "--steps", "2"]
-    monkeypatch.setattr(sys, "argv", ["readers.py", *arguments, "--count", "4"])
-    assert module["main"]() == module["main"]() == 0
+    monkeypatch.setattr(sys, "argv", ["readers.py", *arguments, "--count", "4", "--examples", "20"])
+    assert readers["main"]() == readers["main"]() == 0
     records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [(r["front_end"], r["reader"]) for r in records] == [
         ("raw patches", "anew"),
-        ("coarse", "fixed"),
         ("coarse", "anew"),
+        ("coarse", "fixed"),
     ]
     assert all(0 <= share <= 1 for r in records for share in r["right"].values())
     assert capsys.readouterr().out.count("| coarse | fixed | 0.000 |") == 2

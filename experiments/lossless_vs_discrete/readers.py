@@ -3,11 +3,11 @@
     mmdiff train experiments/lossless_vs_discrete/tokenizers.py:vq_64 --workdir runs/tokenizers/vq_64
     python experiments/lossless_vs_discrete/readers.py --workdir runs/lossless/readers --tokenizers runs/tokenizers/vq_64
 
-A reader is a small model on raw patches that only reads (layout.images="read") and answers questions about fine detail
-(mmdiff/data/probes.py). For each tokenizer two are asked: `anew`, trained on images that have gone through the tokenizer, so
-that nothing it sees is unfamiliar; and `fixed`, the reader of the untouched images. Both are asked about held-out images that
-have gone through it. What the first cannot answer is no longer there for a reader of this size; what only the second cannot
-is there in another form.
+A reader is a small convolutional network on pixels that answers questions about fine detail (mmdiff/data/probes.py), sign by
+sign: it asks what an image still shows, not how well some model of sequences learns to see. For each tokenizer there are two:
+`anew`, trained on images that have gone through the tokenizer, so that nothing it sees is unfamiliar; and `fixed`, the reader
+of the untouched images. Both are asked about held-out images that have gone through it. What the first cannot answer is no
+longer there for a reader of this size; what only the second cannot is there in another form.
 
 Claims: the reader of raw patches reads digits of the largest size right more than 99 times in 100, so that it is the front end
 that is measured; on no kind does a reader behind a tokenizer beat it by more than two standard errors; small digits, the odd
@@ -18,91 +18,151 @@ there.
 """
 
 import argparse
-import dataclasses
+import functools
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from flax import nnx
 
 import mmdiff
-from mmdiff.config import Config, Data, Layout, Model, Optimizer, Training
-from mmdiff.data.batches import Batches
 from mmdiff.data.probes import QUESTIONS, SIZES, Probes
-from mmdiff.data.sources import GeneratorSource
-from mmdiff.data.vocabulary import Vocabulary
-from mmdiff.document import Document, Image
-from mmdiff.evaluation.prompts import describe
-from mmdiff.models.network import Network
-from mmdiff.sampling.generate import Model as Trained
-from mmdiff.training import state as train_state
-from mmdiff.training.optimizer import make_optimizer
-from mmdiff.training.step import compile_train_step
+from mmdiff.document import Document
 
 RAW = "raw patches"
-COUNT = 300  # held-out questions of each kind
-CONFIG = Config(
-    name="reader",
-    model=Model(width=256, depth=4, patch=8, block="attention", head_width=32, compute="float32"),
-    layout=Layout(row_length=320, images="read", max_grid=8, text_drop=0.0),
-    data=Data(source="probes", size=40000, vocabulary="bytes", generator_image_size=64),
-    optimizer=Optimizer(learning_rate=1e-3, warmup=100, b2=0.99),
-    training=Training(steps=2000, batch_size=8, ema=0.99),
-)
+SIDE, EXAMPLES, STEPS, BATCH, LEARNING_RATE = 64, 40000, 1500, 64, 2e-3
+COUNT = 300  # held-out questions of each kind, and of digits of each size
+MIX = {"ocr": 4.0, "count": 2.0, "colour": 1.0, "clock": 2.0, "odd": 1.0, "spot": 1.0, "same": 1.0}
+SIGNS = " 0123456789abcdef:mst"
+LONGEST = 6  # signs of an answer that are read: enough to tell them apart
+AT_ONCE = 250  # images that a tokenizer takes
 
 
-class Through:
-    """Documents whose images have gone through a tokenizer; None: as they are."""
-
-    def __init__(self, source, tokenizer):
-        self.source, self.tokenizer = source, tokenizer
-        self.outline, self.where = source.outline, source.where
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Document:
-        document = self.source[index]
-        if self.tokenizer is None:
-            return document
-        images = [segment for segment in document.segments if isinstance(segment, Image)]
-        made = iter(self.tokenizer.reconstruct([image.pixels for image in images]))
-        swap = lambda segment: Image(next(made), segment.learn) if isinstance(segment, Image) else segment
-        return Document(*map(swap, document.segments), extra=document.extra)
+class Examples(NamedTuple):
+    images: np.ndarray  # uint8 [n, 2, 64, 64, 3]; one image twice where there is but one
+    kind: np.ndarray  # int32 [n]; number in QUESTIONS
+    answer: np.ndarray  # int32 [n, LONGEST]; numbers in SIGNS
+    size: np.ndarray  # int32 [n]; of digits, else 0
 
 
-def reader(tokenizer, steps: int, seed: int, kinds: tuple[str, ...]) -> Trained:
-    """One reader, trained."""
-    cfg = dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, steps=steps, seed=seed))
-    vocabulary = Vocabulary.bytes(cfg.layout.max_grid)
-    mix = tuple((kind, 1 / len(kinds)) for kind in kinds)
-    source = GeneratorSource(Probes(seed, cfg.data.size, 64, mix), "probes")
-    batches = Batches(Through(source, tokenizer), vocabulary, cfg)
-    network = Network.of(cfg, vocabulary.size)
-    tx, _ = make_optimizer(cfg.optimizer, steps)
-    state = train_state.create(network.init(jax.random.key(seed)), tx, seed)
-    step = compile_train_step(network, cfg, tx, state, batches.batch(0))
-    for number, rows in enumerate(batches.iterate(0, steps), 1):
-        state, metrics = step(state, rows)
-        if number % 200 == 0:
-            print(f"  step {number} of {steps}: {float(metrics['text_loss']):.3f}", file=sys.stderr, flush=True)
-    return Trained(cfg, state.ema, vocabulary)
+def examples(documents: Sequence[Document], tokenizer=None) -> Examples:
+    """What `documents` ask, their images sent through a tokenizer (None: as they are)."""
+    pairs = [(d.images * 2)[:2] for d in documents]
+    images = np.stack([[image.pixels for image in pair] for pair in pairs])
+    if tokenizer is not None:
+        flat = images.reshape(-1, *images.shape[2:])
+        parts = [np.asarray(tokenizer.reconstruct(list(flat[i : i + AT_ONCE]))) for i in range(0, len(flat), AT_ONCE)]
+        images = np.concatenate(parts).reshape(images.shape)
+    kinds = list(QUESTIONS)
+    return Examples(
+        images,
+        np.array([kinds.index(d.extra["kind"]) for d in documents], np.int32),
+        np.array([[SIGNS.index(sign) for sign in written(d.extra["answer"])] for d in documents], np.int32),
+        np.array([d.extra.get("size", 0) for d in documents], np.int32),
+    )
 
 
-def asked(model: Trained, tokenizer, kinds: tuple[str, ...], count: int) -> dict[str, float]:
+def written(answer: str) -> str:
+    """Of a length; of words the first sign."""
+    answer = answer[0] if answer in ("same", "different") else answer
+    return f"{answer:<{LONGEST}}"
+
+
+class Reader(nnx.Module):
+    """[n, 2, 64, 64, 3] uint8 to the logits of the signs of an answer, [n, LONGEST, signs].
+
+    Convolutions to 8 x 8 places see levels and the light divided by its spread; beside them stand the bits of every eighth
+    pixel, or no network of this size would tell 2^24 colours apart.
+    """
+
+    def __init__(self, width: int, rngs: nnx.Rngs):
+        conv = lambda a, b, size, stride: nnx.Conv(a, b, (size, size), strides=stride, rngs=rngs)
+        self.enter = conv(8, 2 * width, 4, 4)
+        sizes = [(2, 2, 1), (2, 2, 1), (2, 3, 2), (3, 3, 1), (3, 3, 1), (3, 3, 1)]
+        self.convs = nnx.List([conv(a * width, b * width, 3, stride) for a, b, stride in sizes])
+        self.norms = nnx.List([nnx.GroupNorm(b * width, num_groups=8, rngs=rngs) for _, b, _ in sizes])
+        self.narrow = nnx.Linear(3 * width, 32, rngs=rngs)
+        self.mixed = nnx.Linear(64 * 32 + 3 * width + 64 * 24, 256, rngs=rngs)
+        self.answer = nnx.Linear(256, len(QUESTIONS) * LONGEST * len(SIGNS), rngs=rngs)
+
+    def __call__(self, images: jax.Array, kind: jax.Array) -> jax.Array:
+        count = len(images)
+        levels = images.astype(jnp.float32) / 127.5 - 1
+        light = levels.mean(-1, keepdims=True)
+        light -= light.mean((2, 3), keepdims=True)
+        light /= jnp.sqrt(jnp.square(light).mean((2, 3), keepdims=True)) + 1e-3
+        x = jnp.moveaxis(jnp.concatenate([levels, light], -1), 1, -2).reshape(count, SIDE, SIDE, 8)
+        x = nnx.relu(self.enter(x))
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            made = nnx.relu(norm(conv(x)))
+            x = x + made if made.shape == x.shape else made
+        bits = (images[:, 0, 4::8, 4::8, :, None] >> jnp.arange(8, dtype=jnp.uint8)) & 1
+        parts = nnx.relu(self.narrow(x)), x.max((1, 2)), bits.astype(jnp.float32)
+        x = nnx.relu(self.mixed(jnp.concatenate([part.reshape(count, -1) for part in parts], -1)))
+        every = self.answer(x).reshape(count, len(QUESTIONS), LONGEST, len(SIGNS))
+        return jnp.take_along_axis(every, kind[:, None, None, None], axis=1)[:, 0]
+
+
+WIDTH = 32
+GRAPH = nnx.graphdef(nnx.eval_shape(lambda: Reader(WIDTH, nnx.Rngs(0))))
+
+
+def trained(data: Examples, steps: int, seed: int) -> nnx.State:
+    """A reader of `data`."""
+    params = nnx.state(Reader(WIDTH, nnx.Rngs(seed)))
+    tx = optax.adamw(optax.cosine_onecycle_schedule(steps, LEARNING_RATE), weight_decay=0.05)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, opt_state, images, kind, answer):
+        def loss(params):
+            logits = nnx.merge(GRAPH, params)(images, kind)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, answer).sum(-1).mean()
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    opt_state, rng = tx.init(params), np.random.default_rng(seed)
+    for number in range(1, steps + 1):
+        pick = rng.integers(0, len(data.kind), BATCH)
+        params, opt_state, value = step(params, opt_state, data.images[pick], data.kind[pick], data.answer[pick])
+        if number % 250 == 0:
+            print(f"  step {number} of {steps}: {float(value):.3f}", file=sys.stderr, flush=True)
+    return params
+
+
+@jax.jit
+def read(params: nnx.State, images: jax.Array, kind: jax.Array) -> jax.Array:
+    return nnx.merge(GRAPH, params)(images, kind).argmax(-1)
+
+
+def asked(params: nnx.State, data: Examples) -> dict[str, float]:
     """Share of right answers by kind, and of digits by size (`ocr 5`)."""
-    result = {}
-    for kind in kinds:
-        source = Through(GeneratorSource(Probes(0, count, 64, ((kind, 1.0),), "test"), "probes"), tokenizer)
-        documents = [source[i] for i in range(count)]
-        answers = describe(model, [Document(*d.segments[:-1]) for d in documents], seed=0, max_tokens=12)
-        right = np.array([a == d.extra["answer"] for a, d in zip(answers, documents, strict=True)])
-        result[kind] = float(right.mean())
+    parts = range(0, len(data.kind), AT_ONCE)
+    found = [np.asarray(read(params, data.images[i : i + AT_ONCE], data.kind[i : i + AT_ONCE])) for i in parts]
+    right, result = (np.concatenate(found) == data.answer).all(-1), {}
+    for number, kind in enumerate(QUESTIONS):
+        if (data.kind == number).any():
+            result[kind] = float(right[data.kind == number].mean())
         if kind == "ocr":
-            sizes = np.array([d.extra["size"] for d in documents])
-            result |= {f"ocr {size}": float(right[sizes == size].mean()) for size in SIZES if (sizes == size).any()}
+            result |= {f"ocr {size}": float(right[data.size == size].mean()) for size in SIZES if (data.size == size).any()}
     return result
+
+
+def held_out(kinds: Sequence[str], count: int) -> list[Document]:
+    """`count` questions of each kind, and of digits of each size."""
+    found = []
+    for kind in kinds:
+        number = count * len(SIZES) if kind == "ocr" else count
+        source = Probes(0, number, SIDE, ((kind, 1.0),), "test")
+        found += [source[i] for i in range(number)]
+    return found
 
 
 def table(records: list[dict]) -> str:
@@ -126,33 +186,38 @@ def main() -> int:
     parser.add_argument("--tokenizers", nargs="*", type=Path, default=[], metavar="RUN", help="of images of 64 x 64")
     parser.add_argument("--kinds", nargs="+", choices=QUESTIONS, default=list(QUESTIONS), metavar="KIND", help="%(choices)s")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=CONFIG.training.steps)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--examples", type=int, default=EXAMPLES, help="to learn from (default: %(default)s)")
     parser.add_argument("--count", type=int, default=COUNT)
     arguments = parser.parse_args()
     arguments.workdir.mkdir(parents=True, exist_ok=True)
     kept, kinds = arguments.workdir / "results.jsonl", tuple(arguments.kinds)
     records = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
-    tokenizers = {path.name: mmdiff.load_tokenizer(path) for path in arguments.tokenizers}
-    for seed in range(arguments.seeds):
-        done = {(r["front_end"], r["reader"]) for r in records if r["seed"] == seed}
-        missing = [name for name in tokenizers if (name, "fixed") not in done]
-        plain = reader(None, arguments.steps, seed, kinds) if (RAW, "anew") not in done or missing else None
+    done = {(r["front_end"], r["reader"], r["seed"]) for r in records}
+    source = Probes(0, arguments.examples, SIDE, tuple((kind, MIX[kind]) for kind in kinds))
+    learnt, questions = [source[i] for i in range(len(source))], held_out(kinds, arguments.count)
+    raw, plain = examples(learnt), {}  # plain: readers of raw patches, by seed
 
-        def keep(front: str, kind: str, model: Trained, tokenizer, seed=seed) -> None:
-            right = asked(model, tokenizer, kinds, arguments.count)
-            records.append({"front_end": front, "reader": kind, "seed": seed, "steps": arguments.steps, "right": right})
+    def reader_of_raw(seed: int) -> nnx.State:
+        if seed not in plain:
+            plain[seed] = trained(raw, arguments.steps, seed)
+        return plain[seed]
+
+    for name, path in [(RAW, None), *((path.name, path) for path in arguments.tokenizers)]:
+        kept_readers = ["anew", *(["fixed"] if path else [])]
+        wanted = [(r, s) for s in range(arguments.seeds) for r in kept_readers if (name, r, s) not in done]
+        if not wanted:
+            continue
+        tokenizer = mmdiff.load_tokenizer(path) if path else None
+        data, test = (raw if path is None else examples(learnt, tokenizer)), examples(questions, tokenizer)
+        for which, seed in wanted:
+            own = path is not None and which == "anew"
+            right = asked(trained(data, arguments.steps, seed) if own else reader_of_raw(seed), test)
+            records.append({"front_end": name, "reader": which, "seed": seed, "steps": arguments.steps, "right": right})
             with kept.open("a") as file:
                 file.write(json.dumps(records[-1]) + "\n")
-            told = ", ".join(f"{name} {share:.3f}" for name, share in right.items())
-            print(f"{front}, {kind}, seed {seed}: {told}", file=sys.stderr, flush=True)
-
-        if (RAW, "anew") not in done:
-            keep(RAW, "anew", plain, None)
-        for name in missing:
-            keep(name, "fixed", plain, tokenizers[name])
-        for name, tokenizer in tokenizers.items():
-            if (name, "anew") not in done:
-                keep(name, "anew", reader(tokenizer, arguments.steps, seed, kinds), tokenizer)
+            told = ", ".join(f"{kind} {share:.3f}" for kind, share in right.items())
+            print(f"{name}, {which}, seed {seed}: {told}", file=sys.stderr, flush=True)
     print(table(records))
     return 0
 
