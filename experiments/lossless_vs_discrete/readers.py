@@ -21,7 +21,7 @@ import argparse
 import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,9 +36,9 @@ from mmdiff.data.probes import QUESTIONS, SIZES, Probes
 from mmdiff.document import Document
 
 RAW = "raw patches"
-SIDE, EXAMPLES, STEPS, BATCH, LEARNING_RATE = 64, 40000, 1500, 64, 2e-3
+SIDE, EXAMPLES, STEPS, BATCH, LEARNING_RATE = 64, 40000, 1500, 64, 3e-3
 COUNT = 300  # held-out questions of each kind, and of digits of each size
-MIX = {"ocr": 4.0, "count": 2.0, "colour": 1.0, "clock": 2.0, "odd": 1.0, "spot": 1.0, "same": 1.0}
+MIX = {"ocr": 5.0, "count": 3.0, "colour": 1.0, "clock": 2.0, "odd": 1.5, "spot": 0.5, "same": 0.5}
 SIGNS = " 0123456789abcdef:mst"
 LONGEST = 6  # signs of an answer that are read: enough to tell them apart
 AT_ONCE = 250  # images that a tokenizer takes
@@ -77,33 +77,36 @@ def written(answer: str) -> str:
 class Reader(nnx.Module):
     """[n, 2, 64, 64, 3] uint8 to the logits of the signs of an answer, [n, LONGEST, signs].
 
-    Convolutions to 8 x 8 places see levels and the light divided by its spread; beside them stand the bits of every eighth
-    pixel, or no network of this size would tell 2^24 colours apart.
+    Convolutions to 8 x 8 places see the levels and light of the first image, and how far the second is from it. Beside them
+    stand what strides would lose: the strongest light of every row and column, and the bits of every eighth pixel, without
+    which no network of this size would tell 2^24 colours apart.
     """
 
     def __init__(self, width: int, rngs: nnx.Rngs):
         conv = lambda a, b, size, stride: nnx.Conv(a, b, (size, size), strides=stride, rngs=rngs)
-        self.enter = conv(8, 2 * width, 4, 4)
+        self.enter = conv(7, 2 * width, 4, 4)
         sizes = [(2, 2, 1), (2, 2, 1), (2, 3, 2), (3, 3, 1), (3, 3, 1), (3, 3, 1)]
         self.convs = nnx.List([conv(a * width, b * width, 3, stride) for a, b, stride in sizes])
-        self.norms = nnx.List([nnx.GroupNorm(b * width, num_groups=8, rngs=rngs) for _, b, _ in sizes])
+        self.norms = nnx.List([nnx.LayerNorm(b * width, rngs=rngs) for _, b, _ in sizes])
         self.narrow = nnx.Linear(3 * width, 32, rngs=rngs)
-        self.mixed = nnx.Linear(64 * 32 + 3 * width + 64 * 24, 256, rngs=rngs)
+        self.mixed = nnx.Linear(64 * 32 + 6 * width + 2 * SIDE + 64 * 24, 256, rngs=rngs)
         self.answer = nnx.Linear(256, len(QUESTIONS) * LONGEST * len(SIGNS), rngs=rngs)
 
     def __call__(self, images: jax.Array, kind: jax.Array) -> jax.Array:
         count = len(images)
         levels = images.astype(jnp.float32) / 127.5 - 1
-        light = levels.mean(-1, keepdims=True)
-        light -= light.mean((2, 3), keepdims=True)
-        light /= jnp.sqrt(jnp.square(light).mean((2, 3), keepdims=True)) + 1e-3
-        x = jnp.moveaxis(jnp.concatenate([levels, light], -1), 1, -2).reshape(count, SIDE, SIDE, 8)
+        first, second = levels[:, 0], levels[:, 1]
+        light = first.mean(-1, keepdims=True)
+        light -= light.mean((1, 2), keepdims=True)
+        light /= jnp.sqrt(jnp.square(light).mean((1, 2), keepdims=True)) + 1e-3
+        lines = [jnp.abs(light).max(axis) for axis in (1, 2)]
+        x = jnp.concatenate([first, light, jnp.abs(second - first)], -1)
         x = nnx.relu(self.enter(x))
         for conv, norm in zip(self.convs, self.norms, strict=True):
             made = nnx.relu(norm(conv(x)))
             x = x + made if made.shape == x.shape else made
         bits = (images[:, 0, 4::8, 4::8, :, None] >> jnp.arange(8, dtype=jnp.uint8)) & 1
-        parts = nnx.relu(self.narrow(x)), x.max((1, 2)), bits.astype(jnp.float32)
+        parts = nnx.relu(self.narrow(x)), x.max((1, 2)), x.mean((1, 2)), *lines, bits.astype(jnp.float32)
         x = nnx.relu(self.mixed(jnp.concatenate([part.reshape(count, -1) for part in parts], -1)))
         every = self.answer(x).reshape(count, len(QUESTIONS), LONGEST, len(SIGNS))
         return jnp.take_along_axis(every, kind[:, None, None, None], axis=1)[:, 0]
@@ -165,6 +168,17 @@ def held_out(kinds: Sequence[str], count: int) -> list[Document]:
     return found
 
 
+def once(path: Path, make: Callable[[], nnx.State]) -> nnx.State:
+    """What `make` gives, kept in `path`."""
+    structure = jax.tree.structure(nnx.state(nnx.eval_shape(lambda: Reader(WIDTH, nnx.Rngs(0)))))
+    if not path.is_file():
+        unfinished = path.with_suffix(".part.npz")
+        np.savez(unfinished, *map(np.asarray, jax.tree.leaves(make())))
+        unfinished.replace(path)
+    with np.load(path) as file:
+        return jax.tree.unflatten(structure, [jnp.asarray(file[name]) for name in file.files])
+
+
 def table(records: list[dict]) -> str:
     """Markdown: front ends and readers by kind, mean over seeds (lowest to highest where there are several)."""
     names = list(dict.fromkeys(name for r in records for name in r["right"]))
@@ -196,13 +210,8 @@ def main() -> int:
     done = {(r["front_end"], r["reader"], r["seed"]) for r in records}
     source = Probes(0, arguments.examples, SIDE, tuple((kind, MIX[kind]) for kind in kinds))
     learnt, questions = [source[i] for i in range(len(source))], held_out(kinds, arguments.count)
-    raw, plain = examples(learnt), {}  # plain: readers of raw patches, by seed
-
-    def reader_of_raw(seed: int) -> nnx.State:
-        if seed not in plain:
-            plain[seed] = trained(raw, arguments.steps, seed)
-        return plain[seed]
-
+    raw = examples(learnt)
+    reader_of_raw = lambda seed: once(arguments.workdir / f"raw-{seed}.npz", lambda: trained(raw, arguments.steps, seed))
     for name, path in [(RAW, None), *((path.name, path) for path in arguments.tokenizers)]:
         kept_readers = ["anew", *(["fixed"] if path else [])]
         wanted = [(r, s) for s in range(arguments.seeds) for r in kept_readers if (name, r, s) not in done]

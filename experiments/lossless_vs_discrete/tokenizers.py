@@ -83,7 +83,7 @@ def larger(tokenizer: Tokenizer, name: str) -> Config:
     cfg = config(tokenizer, name, LARGER)
     kinds = tuple((kind, 1.0) for kind in QUESTIONS)
     data = Data(source="probes", generator_image_size=64, vocabulary="bytes", generator=kinds)
-    return dataclasses.replace(cfg, data=data)
+    return dataclasses.replace(cfg, data=data, training=dataclasses.replace(cfg.training, batch_size=16))
 
 
 def vq_64() -> Config:
