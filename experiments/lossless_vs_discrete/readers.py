@@ -36,7 +36,7 @@ from mmdiff.data.probes import QUESTIONS, SIZES, Probes
 from mmdiff.document import Document
 
 RAW = "raw patches"
-SIDE, EXAMPLES, STEPS, BATCH, LEARNING_RATE = 64, 40000, 1500, 64, 3e-3
+SIDE, EXAMPLES, STEPS, BATCH, LEARNING_RATE = 64, 40000, 1500, 64, 2e-3
 COUNT = 300  # held-out questions of each kind, and of digits of each size
 MIX = {"ocr": 5.0, "count": 3.0, "colour": 1.0, "clock": 2.0, "odd": 1.5, "spot": 0.5, "same": 0.5}
 SIGNS = " 0123456789abcdef:mst"
@@ -87,7 +87,7 @@ class Reader(nnx.Module):
         self.enter = conv(7, 2 * width, 4, 4)
         sizes = [(2, 2, 1), (2, 2, 1), (2, 3, 2), (3, 3, 1), (3, 3, 1), (3, 3, 1)]
         self.convs = nnx.List([conv(a * width, b * width, 3, stride) for a, b, stride in sizes])
-        self.norms = nnx.List([nnx.LayerNorm(b * width, rngs=rngs) for _, b, _ in sizes])
+        self.norms = nnx.List([nnx.GroupNorm(b * width, num_groups=8, rngs=rngs) for _, b, _ in sizes])
         self.narrow = nnx.Linear(3 * width, 32, rngs=rngs)
         self.mixed = nnx.Linear(64 * 32 + 6 * width + 2 * SIDE + 64 * 24, 256, rngs=rngs)
         self.answer = nnx.Linear(256, len(QUESTIONS) * LONGEST * len(SIGNS), rngs=rngs)
