@@ -55,8 +55,8 @@ class Embedded(NamedTuple):
     """What enters the stack."""
 
     x: jax.Array  # [b, t, d]
-    cell: jax.Array  # int32 [b, t, 4]
     time: jax.Array | None = None  # [b, t, TIME_WIDTH], with model.time="adaln"
+    cell: jax.Array | None = None  # int32 [b, t, 4], with model.sparse
 
 
 class Skip(nnx.Module):
@@ -129,7 +129,8 @@ class Transfusion(nnx.Module):
         time = None
         if self.cfg.time == "adaln":
             time = jax.nn.silu(self.time_in(time_features(u))).astype(dtype)
-        return Embedded(self.place(x, "rows", None, None), jnp.asarray(cell), time)
+        cell = jnp.asarray(cell) if self.cfg.sparse != "none" else None
+        return Embedded(self.place(x, "rows", None, None), time, cell)
 
     def stack(
         self,
@@ -148,7 +149,7 @@ class Transfusion(nnx.Module):
         """
         cfg, x = self.cfg, embedded.x
         views = [View(mask)]
-        if cfg.sparse == "strided":
+        if embedded.cell is not None:
             one_by_one = context is not None and isinstance(context[0], Growing)
             views = [*strided.views(mask, embedded.cell, whole=not one_by_one)]
         arounds = [self._around(embedded, position, view) for view in views]
