@@ -80,6 +80,20 @@ def ran(name, monkeypatch):
     return runpy.run_path(str(FOLDER / name))
 
 
+def test_rows_of_known_entropy_hold_the_cells(monkeypatch):
+    entropy = ran("entropy.py", monkeypatch)
+    symbols = np.array([5, 200, 77])
+    rows = entropy["rows_of"](entropy["cells"](jnp.asarray(symbols), 8))
+    for row, symbol in enumerate(symbols):
+        pixels = np.asarray(rows.patches)[row][rows.is_patch[row]].reshape(8, 8, 3)
+        np.testing.assert_array_equal(pixels, glyph_grid(np.array([[symbol]]), 8, 8))
+    assert rows.image_weight.sum() == pytest.approx(3)
+    result = {"entropy": 8, "found": [7.0], "stderr": [0.01], "as_claimed": False}
+    entropy["main"].__globals__["measure"] = lambda *_: result
+    monkeypatch.setattr(sys, "argv", ["entropy.py", "--entropies", "8"])
+    assert entropy["main"]() == 1
+
+
 class Coarse:
     """A tokenizer by hand: one code per image, the mean level of all its pixels."""
 
