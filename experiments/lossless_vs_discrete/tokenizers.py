@@ -83,7 +83,8 @@ def larger(tokenizer: Tokenizer, name: str) -> Config:
     cfg = config(tokenizer, name, LARGER)
     kinds = tuple((kind, 1.0) for kind in QUESTIONS)
     data = Data(source="probes", generator_image_size=64, vocabulary="bytes", generator=kinds)
-    return dataclasses.replace(cfg, data=data, training=dataclasses.replace(cfg.training, batch_size=16))
+    layout = dataclasses.replace(cfg.layout, row_length=128)  # some questions are about two images
+    return dataclasses.replace(cfg, data=data, layout=layout, training=dataclasses.replace(cfg.training, batch_size=8))
 
 
 def vq_64() -> Config:

@@ -124,6 +124,7 @@ class _Loop:
 
     def go(self, state: TrainState) -> dict[str, float]:
         run, settings, start = self.run, self.settings, int(state.step)
+        self.waited = self.goodput.seconds["data"]  # of the sessions before, too
         self.progress = self._progress(start)
         # a run that was killed between a save and its validation makes up for it
         behind = distributed.is_first() and start > 0 and not self._validated(start)

@@ -212,3 +212,18 @@ def test_a_trace_of_chosen_steps_and_an_account_of_the_time(tmp_path, capsys):
     assert account["compile"] > 0 and account["checkpoint"] > 0 and account["lost"] == 0
     assert "goodput" in capsys.readouterr().err
     assert all(r["data_wait"] >= 0 for r in read_metrics(tmp_path / "run"))
+
+
+def test_a_session_does_not_count_the_waiting_of_those_before(finished, tmp_path, capsys):
+    run = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints" / "4")  # so that it goes on at step 2
+    path = run / "goodput.json"
+    account = json.loads(path.read_text())
+    for seconds in (account["now"], *account["saves"].values()):
+        seconds["data"] += 1000
+    path.write_text(json.dumps(account))
+    train(tiny_config(), run)
+    assert "resuming" in capsys.readouterr().err
+    waited = [record["data_wait"] for record in read_metrics(run) if "data_wait" in record]
+    assert len(waited) == 2 and max(waited) < 100
+    assert json.loads(path.read_text())["now"]["data"] > 1000
