@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from mmdiff.config_files import load_experiment
 from mmdiff.data.probe_pictures import glyph_grid, read_glyphs
@@ -80,7 +81,7 @@ def ran(name, monkeypatch):
     return runpy.run_path(str(FOLDER / name))
 
 
-def test_rows_of_known_entropy_hold_the_cells(monkeypatch):
+def test_rows_of_known_entropy_hold_the_cells(monkeypatch, tmp_path):
     entropy = ran("entropy.py", monkeypatch)
     symbols = np.array([5, 200, 77])
     rows = entropy["rows_of"](entropy["cells"](jnp.asarray(symbols), 8))
@@ -88,10 +89,14 @@ def test_rows_of_known_entropy_hold_the_cells(monkeypatch):
         pixels = np.asarray(rows.patches)[row][rows.is_patch[row]].reshape(8, 8, 3)
         np.testing.assert_array_equal(pixels, glyph_grid(np.array([[symbol]]), 8, 8))
     assert rows.image_weight.sum() == pytest.approx(3)
-    result = {"entropy": 8, "found": [7.0], "stderr": [0.01], "as_claimed": False}
-    entropy["main"].__globals__["measure"] = lambda *_: result
-    monkeypatch.setattr(sys, "argv", ["entropy.py", "--entropies", "8"])
-    assert entropy["main"]() == 1
+    measured = []
+    entropy["main"].__globals__["measure"] = lambda bits, *_: (
+        measured.append(bits) or {"entropy": bits, "found": [7.0], "stderr": [0.01], "as_claimed": bits < 8}
+    )
+    for wanted, ended in (("4", 0), ("8", 1), ("8", 1)):
+        monkeypatch.setattr(sys, "argv", ["entropy.py", "--workdir", str(tmp_path), "--entropies", wanted])
+        assert entropy["main"]() == ended
+    assert measured == [4, 8]  # what was finished is not done again
 
 
 class Coarse:
@@ -218,3 +223,34 @@ def test_arms_are_compared_on_equal_terms(monkeypatch):
     assert found["raw", 0.5][0] == 0.75 and ("read", 1.0) not in found
     assert "| raw | 10 | 1e+09 | 2e+09 |" in joint["table"](records) and "1.500 (" in joint["table"](records)
     assert joint["page"](records).count("<svg") == 3
+
+
+def test_the_picture_shows_the_results_that_are_there(monkeypatch, tmp_path):
+    plots = ran("plots.py", monkeypatch)
+    cell = {"arm": "VQ 256", "capacity": 8.0, "entropy": 12, "recovered": [0.05, 0.07], "bound": 0.0625}
+    rate = {
+        "words": {
+            "tokenizers": [{"name": "vq", "nominal": 640.0, "entropy": 500.0, "psnr": 20.0}],
+            "codecs": [{"name": "PNG", "bits": 9000.0, "header": 500, "psnr": float("inf")}]
+            + [{"name": f"JPEG {q}", "bits": 5000.0 + q, "header": 4000, "psnr": 25.0 + q} for q in (5, 10)],
+        }
+    }
+    shares = {"a": 0.9, "b": 0.2}
+    right = [{"front_end": name, "reader": "anew", "seed": 0, "right": {"odd": shares[name]}} for name in shares]
+    drawn = {"image_accuracy": 0.5, "image_accuracy_stderr": 0.01}
+    run = [{"arm": "raw", "seed": seed, "share": 1.0, "flops": 2e12, "metrics": drawn} for seed in (0, 1)]
+
+    def panel(draw, found):
+        axes = Figure().subplots()
+        draw(axes, found)
+        return axes
+
+    line = panel(plots["cliff"], [cell]).lines[0]
+    assert list(line.get_xdata()) == [4.0] and list(line.get_ydata()) == [pytest.approx(0.06)]
+    assert [bar.get_width() for bar in panel(plots["ledger"], rate).patches] == [640.0, 500.0, 9000.0]
+    assert [list(line.get_xdata()) for line in panel(plots["rate"], rate).lines[::2]] == [[1005.0, 1010.0], [500.0, 640.0]]
+    assert [bar.get_height() for bar in panel(plots["readers"], right).patches] == [0.9, 0.2]
+    assert list(panel(plots["curves"]("image_accuracy"), run).lines[0].get_ydata()) == [0.5]
+    (tmp_path / "rate.json").write_text(json.dumps(rate))
+    plots["draw"](tmp_path, tmp_path / "all.png")  # most files are missing
+    assert (tmp_path / "all.png").stat().st_size > 10_000

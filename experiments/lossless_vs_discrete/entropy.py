@@ -1,12 +1,14 @@
 """E1, where the entropy is known: does a model of next pixels find it? Images of exactly H bits, drawn anew for every step.
 
-    python experiments/lossless_vs_discrete/entropy.py
+    python experiments/lossless_vs_discrete/entropy.py --workdir runs/lossless/entropy
 
 An image is one cell of 8 x 8 pixels with H fair bits (as in cliff.py), so no model can need fewer than H bits for it on
 average: that it comes close is what makes such a model a measure of the entropy of other images (rate.py).
 
 Claim: the mean of -log2 p over unseen images lies between H and 1.05 H + 1. It would be wrong if it lay outside by more than
 four standard errors; below H, the model would see what it predicts.
+
+What is finished is kept in WORKDIR/results.jsonl, and the same command goes on from there.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import functools
 import json
 import math
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -80,18 +83,22 @@ def measure(bits: int, seeds: int, steps: int) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--entropies", nargs="+", type=int, default=list(ENTROPIES), metavar="H")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    results = []
+    arguments.workdir.mkdir(parents=True, exist_ok=True)
+    kept = arguments.workdir / "results.jsonl"
+    results = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
+    results = [r for r in results if (r["seeds"], r["steps"]) == (arguments.seeds, arguments.steps)]
     for bits in arguments.entropies:
-        results.append(measure(bits, arguments.seeds, arguments.steps))
-        print(f"H = {bits}: {results[-1]['found']}", file=sys.stderr, flush=True)
-    if arguments.json:
-        print(json.dumps(results))
-        return 0
+        if bits not in [r["entropy"] for r in results]:
+            found = measure(bits, arguments.seeds, arguments.steps)
+            results.append(found | {"seeds": arguments.seeds, "steps": arguments.steps})
+            with kept.open("a") as file:
+                file.write(json.dumps(results[-1]) + "\n")
+            print(f"H = {bits}: {found['found']}", file=sys.stderr, flush=True)
     print("| H | bits found: mean over seeds (lowest to highest) |\n| --- | --- |")
     for r in results:
         wrong = "" if r["as_claimed"] else ", NOT AS CLAIMED"
