@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 from matplotlib.figure import Figure
 
@@ -192,6 +193,17 @@ def test_readers_are_trained_asked_and_kept(readers, monkeypatch, tmp_path, caps
     ]
     assert all(0 <= share <= 1 for r in records for share in r["right"].values())
     assert capsys.readouterr().out.count("| coarse | fixed | 0.000 |") == 2
+    monkeypatch.setattr(sys, "argv", ["readers.py", *arguments[:4], "--kinds", "letter"])
+    with pytest.raises(SystemExit):
+        readers["main"]()
+    assert "--kinds letter needs --words FOLDER" in capsys.readouterr().err
+    arguments[5:6] = ["letter", "--words", str(words(tmp_path))]
+    monkeypatch.setattr(sys, "argv", ["readers.py", *arguments, "--examples", "4"])
+    assert (
+        readers["main"]() == 0
+        and "| front end | reader | ocr | ocr 1 |" in (out := capsys.readouterr().out)
+        and "letter" in out
+    )
 
 
 class TokenizerOf64:
@@ -254,3 +266,40 @@ def test_the_picture_shows_the_results_that_are_there(monkeypatch, tmp_path):
     (tmp_path / "rate.json").write_text(json.dumps(rate))
     plots["draw"](tmp_path, tmp_path / "all.png")  # most files are missing
     assert (tmp_path / "all.png").stat().st_size > 10_000
+
+
+def words(folder):
+    """Two words to learn from and one held out, wider and narrower than high."""
+    lines, shown = [], (("Bread", "train", 40), ("7up", "train", 20), ("?", "train", 30), ("Tea", "test", 9))
+    for number, (text, split, width) in enumerate(shown):
+        pixels = np.random.default_rng(number).integers(0, 256, (20, width, 3)).astype(np.uint8)
+        PIL.Image.fromarray(pixels).save(folder / f"{number}.png")
+        lines.append(json.dumps({"segments": [{"image": f"{number}.png"}, {"text": text}], "split": split}))
+    (folder / "documents.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_photographed_words_are_asked_for_their_first_sign(monkeypatch, tmp_path):
+    photographed = ran("photographed.py", monkeypatch)
+    folder = words(tmp_path)
+    (test,) = photographed["held_out"](folder)
+    assert test.extra == {"kind": "letter", "answer": "t"}
+    narrow = test.images[0].pixels  # its last column goes on to the right
+    assert narrow.shape == (64, 64, 3) and np.abs(np.diff(narrow[:, 40:].astype(int), axis=1)).max() == 0
+    learnt = photographed["examples"](folder, 50)
+    assert {document.extra["answer"] for document in learnt} == {"b", "7"}  # not "?", nor what is held out
+    assert all(a == b for a, b in zip(learnt, photographed["examples"](folder, 50), strict=True))
+    assert len({document.images[0].pixels.tobytes() for document in learnt}) == 50
+
+
+def test_alterations_keep_the_middle_and_bring_nothing_from_outside(monkeypatch):
+    photographed = ran("photographed.py", monkeypatch)
+    sizes = {"TURN": 0.2, "SHEAR": 0.2, "STRETCH": 0.2, "MOVE": 0.0, "CONTRAST": 0.0}
+    photographed["altered"].__globals__.update(sizes)
+    plain = np.full((64, 64, 3), 200, np.uint8)
+    plain[28:36, 28:36] = 90
+    for seed in range(20):
+        made = np.asarray(photographed["altered"](PIL.Image.fromarray(plain), np.random.default_rng(seed))).astype(int)
+        edge, middle = made[0, 0, 0], made[31, 31, 0]
+        assert abs(abs(edge - middle) - 110) <= 2  # moved up or down, or turned light to dark, all at once
+        assert made[0].std() < 1 and made[-1].std() < 1

@@ -13,6 +13,8 @@ Claims: the reader of raw patches reads digits of the largest size right more th
 that is measured; on no kind does a reader behind a tokenizer beat it by more than two standard errors; small digits, the odd
 pixel and exact colours suffer most. A kind on which a tokenizer did beat it would refute the second.
 
+`--words FOLDER` adds photographed words (photographed.py): which sign does one begin with?
+
 Every reader is trained for each seed; what is finished is kept in WORKDIR/results.jsonl, and the same command goes on from
 there.
 """
@@ -29,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import photographed
 from flax import nnx
 
 import mmdiff
@@ -38,16 +41,17 @@ from mmdiff.document import Document
 RAW = "raw patches"
 SIDE, EXAMPLES, BATCH, LEARNING_RATE = 64, 30000, 64, 2e-3
 COUNT = 300  # held-out questions of each kind, and of digits of each size
-STEPS = {("ocr",): 1000, ("count", "clock"): 700, ("colour", "odd", "spot", "same"): 400}
+KINDS = (*QUESTIONS, photographed.KIND)
+STEPS = {("ocr",): 1000, ("count", "clock"): 700, ("colour", "odd", "spot", "same"): 400, (photographed.KIND,): 700}
 """Kinds that one network learns together, and for how long: digits take longest, and all together take longer than apart."""
-SIGNS = " 0123456789abcdef:mst"
+SIGNS = f" {photographed.SIGNS}:"
 LONGEST = 6  # signs of an answer that are read: enough to tell them apart
 AT_ONCE = 250  # images that a tokenizer takes
 
 
 class Examples(NamedTuple):
     images: np.ndarray  # uint8 [n, 2, 64, 64, 3]; one image twice where there is but one
-    kind: np.ndarray  # int32 [n]; number in QUESTIONS
+    kind: np.ndarray  # int32 [n]; number in KINDS
     answer: np.ndarray  # int32 [n, LONGEST]; numbers in SIGNS
     size: np.ndarray  # int32 [n]; of digits, else 0
 
@@ -60,10 +64,9 @@ def examples(documents: Sequence[Document], tokenizer=None) -> Examples:
         flat = images.reshape(-1, *images.shape[2:])
         parts = [np.asarray(tokenizer.reconstruct(list(flat[i : i + AT_ONCE]))) for i in range(0, len(flat), AT_ONCE)]
         images = np.concatenate(parts).reshape(images.shape)
-    kinds = list(QUESTIONS)
     return Examples(
         images,
-        np.array([kinds.index(d.extra["kind"]) for d in documents], np.int32),
+        np.array([KINDS.index(d.extra["kind"]) for d in documents], np.int32),
         np.array([[SIGNS.index(sign) for sign in written(d.extra["answer"])] for d in documents], np.int32),
         np.array([d.extra.get("size", 0) for d in documents], np.int32),
     )
@@ -91,7 +94,7 @@ class Reader(nnx.Module):
         self.norms = nnx.List([nnx.GroupNorm(b * width, num_groups=8, rngs=rngs) for _, b, _ in sizes])
         self.narrow = nnx.Linear(3 * width, 32, rngs=rngs)
         self.mixed = nnx.Linear(64 * 32 + 6 * width + 2 * SIDE + 64 * 24, 256, rngs=rngs)
-        self.answer = nnx.Linear(256, len(QUESTIONS) * LONGEST * len(SIGNS), rngs=rngs)
+        self.answer = nnx.Linear(256, len(KINDS) * LONGEST * len(SIGNS), rngs=rngs)
 
     def __call__(self, images: jax.Array, kind: jax.Array) -> jax.Array:
         count = len(images)
@@ -109,7 +112,7 @@ class Reader(nnx.Module):
         bits = (images[:, 0, 4::8, 4::8, :, None] >> jnp.arange(8, dtype=jnp.uint8)) & 1
         parts = nnx.relu(self.narrow(x)), x.max((1, 2)), x.mean((1, 2)), *lines, bits.astype(jnp.float32)
         x = nnx.relu(self.mixed(jnp.concatenate([part.reshape(count, -1) for part in parts], -1)))
-        every = self.answer(x).reshape(count, len(QUESTIONS), LONGEST, len(SIGNS))
+        every = self.answer(x).reshape(count, len(KINDS), LONGEST, len(SIGNS))
         return jnp.take_along_axis(every, kind[:, None, None, None], axis=1)[:, 0]
 
 
@@ -152,7 +155,7 @@ def asked(params: nnx.State, data: Examples) -> dict[str, float]:
     parts = range(0, len(data.kind), AT_ONCE)
     found = [np.asarray(read(params, data.images[i : i + AT_ONCE], data.kind[i : i + AT_ONCE])) for i in parts]
     right, result = (np.concatenate(found) == data.answer).all(-1), {}
-    for number, kind in enumerate(QUESTIONS):
+    for number, kind in enumerate(KINDS):
         if (data.kind == number).any():
             result[kind] = float(right[data.kind == number].mean())
         if kind == "ocr":
@@ -200,26 +203,36 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--tokenizers", nargs="*", type=Path, default=[], metavar="RUN", help="of images of 64 x 64")
-    parser.add_argument("--kinds", nargs="+", choices=QUESTIONS, default=list(QUESTIONS), metavar="KIND", help="%(choices)s")
+    parser.add_argument("--words", type=Path, metavar="FOLDER", help="photographed words")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, metavar="KIND", help="%(choices)s (default: all there are)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="of each network (default: 400 to 1000)")
     parser.add_argument("--examples", type=int, default=EXAMPLES, help="for each network (default: %(default)s)")
     parser.add_argument("--count", type=int, default=COUNT)
     arguments = parser.parse_args()
+    chosen = arguments.kinds or (KINDS if arguments.words else tuple(QUESTIONS))
+    if photographed.KIND in chosen and not arguments.words:
+        parser.error(f"--kinds {photographed.KIND} needs --words FOLDER")
     arguments.workdir.mkdir(parents=True, exist_ok=True)
     kept = arguments.workdir / "results.jsonl"
     records = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
     done = {(r["front_end"], r["reader"], r["seed"], tuple(r["kinds"])) for r in records}
     for kinds, steps in STEPS.items():
-        kinds = tuple(kind for kind in kinds if kind in arguments.kinds)
+        kinds = tuple(kind for kind in kinds if kind in chosen)
         fronts = [(RAW, None), *((path.name, path) for path in arguments.tokenizers)]
         readers = lambda path: ("anew", "fixed") if path else ("anew",)
         wanted = [(name, path, r, s) for name, path in fronts for r in readers(path) for s in range(arguments.seeds)]
         wanted = [(name, path, r, s) for name, path, r, s in wanted if (name, r, s, kinds) not in done]
         if not kinds or not wanted:
             continue
-        source = Probes(0, arguments.examples, SIDE, tuple((kind, 1 / len(kinds)) for kind in kinds))
-        learnt, questions = [source[i] for i in range(len(source))], held_out(kinds, arguments.count)
+        if kinds == (photographed.KIND,):
+            learnt, questions = (
+                photographed.examples(arguments.words, arguments.examples),
+                photographed.held_out(arguments.words),
+            )
+        else:
+            source = Probes(0, arguments.examples, SIDE, tuple((kind, 1 / len(kinds)) for kind in kinds))
+            learnt, questions = [source[i] for i in range(len(source))], held_out(kinds, arguments.count)
         raw = data = examples(learnt)
         test, of = examples(questions), RAW
         for name, path, reader, seed in wanted:
