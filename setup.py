@@ -32,6 +32,7 @@ setup(
         "importlib_resources",  # tensorflow-datasets imports it on Python 3.11 without declaring it
         "numpy>=2.0",
         "pillow>=11",
+        "safetensors>=0.7",
         "scipy>=1.14",
         "tqdm>=4.66",
         "tyro>=1.0",
@@ -40,6 +41,7 @@ setup(
         "cuda": ["jax[cuda12]>=0.10"],
         "plan": ["jax[tpu]>=0.10"],  # libtpu, whose compiler needs no TPU, of the version that fits jaxlib
         "tpu": ["jax[tpu]>=0.10"],
+        "parity": ["torch>=2.5", "transformers>=5.0", "diffusers>=0.40", "pytest>=8.0"],  # in an environment of its own
         "tensorboard": ["tensorboardX>=2.6"],
         "dev": [
             "jax[tpu]>=0.10",  # ahead-of-time compilation for TPUs is tested

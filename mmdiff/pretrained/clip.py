@@ -1,0 +1,97 @@
+"""CLIP: images and texts to vectors whose cosine says how well they match.
+
+Names are those of `CLIPModel` of the transformers package (for example openai/clip-vit-large-patch14), sizes stand in its
+config.json. Source: Radford et al., arXiv 2103.00020.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mmdiff.document import DataError
+from mmdiff.pretrained.encoder import Encoder, VisionTower, encoder_rules
+from mmdiff.pretrained.load import Rule, convolution, layer, load_module, norm, transposed
+
+OLD_END = 2  # in files that call this the end of a text, it is the largest id instead
+
+RULES = [
+    Rule(r"logit_scale", "log_scale"),
+    Rule(r"text_model\.embeddings\.token_embedding\.weight", "text/embedding"),
+    Rule(r"text_model\.embeddings\.position_embedding\.weight", "text/place"),
+    *encoder_rules(r"text_model\.encoder", "text/encoder", fused=False),
+    *norm(r"text_model\.final_layer_norm", "text/norm"),
+    Rule(r"text_projection\.weight", "text_out/kernel", transposed),
+    Rule(r"vision_model\.embeddings\.class_embedding", "vision/first"),
+    *layer(r"vision_model\.embeddings\.patch_embedding", "vision/patches", convolution),
+    Rule(r"vision_model\.embeddings\.position_embedding\.weight", "vision/place"),
+    *norm(r"vision_model\.pre_layrnorm", "vision/norm_first"),  # spelt so
+    *encoder_rules(r"vision_model\.encoder", "vision/encoder", fused=False),
+    *norm(r"vision_model\.post_layernorm", "vision/norm"),
+    Rule(r"visual_projection\.weight", "vision_out/kernel", transposed),
+]
+IGNORED = [r".*\.position_ids"]
+
+
+class TextTower(nnx.Module):
+    """Causal; the vector of a text is what stands at its end."""
+
+    def __init__(self, cfg: dict[str, Any], rngs: nnx.Rngs):
+        width, epsilon = cfg["hidden_size"], cfg.get("layer_norm_eps", 1e-5)
+        self.end = cfg.get("eos_token_id", OLD_END)
+        self.embedding = nnx.Param(jnp.zeros((cfg["vocab_size"], width)))
+        self.place = nnx.Param(jnp.zeros((cfg["max_position_embeddings"], width)))
+        self.encoder = Encoder(cfg, "quick_gelu", epsilon, rngs)
+        self.norm = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)
+
+    def __call__(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """int [b, t], each with its end, to states [b, t, d] and the vectors of the texts [b, d]."""
+        x = self.embedding[...][ids] + self.place[: ids.shape[1]]
+        x = self.norm(self.encoder(x, causal=True))
+        last = ids.argmax(-1) if self.end == OLD_END else (ids == self.end).argmax(-1)
+        return x, jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+
+
+class CLIP(nnx.Module):
+    def __init__(self, cfg: dict[str, Any], rngs: nnx.Rngs):
+        text, vision, out = cfg["text_config"], cfg["vision_config"], cfg["projection_dim"]
+        self.text = TextTower(text, rngs)
+        self.vision = VisionTower(vision, "quick_gelu", 1e-5, rngs, patch_bias=False, first_norm=True)
+        self.text_out = nnx.Linear(text["hidden_size"], out, use_bias=False, rngs=rngs)
+        self.vision_out = nnx.Linear(vision["hidden_size"], out, use_bias=False, rngs=rngs)
+        self.log_scale = nnx.Param(jnp.zeros(()))
+
+    def embed_images(self, images: jax.Array) -> jax.Array:
+        """Float [b, side, side, 3] (`encoder.normalised`) to vectors of length 1, [b, e]."""
+        return unit(self.vision_out(self.vision.norm(self.vision(images)[:, 0])))
+
+    def embed_texts(self, ids: jax.Array) -> jax.Array:
+        """int [b, t], each with its end, to vectors of length 1, [b, e]."""
+        return unit(self.text_out(self.text(ids)[1]))
+
+
+def unit(x: jax.Array) -> jax.Array:
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """config.json of a folder. Raises DataError without one."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise DataError(f"{path}: not there; it says the sizes of the network.")
+    return json.loads(path.read_text())
+
+
+def load_clip(folder: str | Path, **options) -> CLIP:
+    """From a folder with config.json and safetensors.
+
+    Args:
+      options: dtype and place, of `load_module`.
+    Raises:
+      DataError: as of `load_module`.
+    """
+    cfg = read_config(folder)
+    return load_module(lambda: CLIP(cfg, nnx.Rngs(0)), folder, RULES, ignored=IGNORED, **options)
