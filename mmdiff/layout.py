@@ -118,6 +118,11 @@ def unpatchify(patches: np.ndarray, grid_rows: int, grid_cols: int) -> np.ndarra
     return np.moveaxis(cut, -4, -3).reshape(*lead, grid_rows * patch, grid_cols * patch, 3)
 
 
+def image_grid(height: int, width: int, patch: int, tokenizer=None) -> tuple[int, int]:
+    """Rows and columns of an image's patches, or of its codes."""
+    return (height // patch, width // patch) if tokenizer is None else tokenizer.grid
+
+
 def text_pieces(document: Document, vocabulary, patch: int, tokenizer=None) -> list[Piece]:
     """Tokenise the texts and cut the images of a document, into the codes of a tokenizer if there is one.
 
@@ -130,7 +135,7 @@ def text_pieces(document: Document, vocabulary, patch: int, tokenizer=None) -> l
             pieces.append(TextPiece(np.asarray(vocabulary.encode(segment.text), np.int32), segment.learn))
         elif isinstance(segment, Image):
             config.check_image_size(segment.height, segment.width, patch, "image")
-            grid = segment.height // patch, segment.width // patch
+            grid = image_grid(segment.height, segment.width, patch, tokenizer)
             patches = patchify(segment.pixels, patch) if tokenizer is None else tokenizer.encode([segment.pixels])[0]
             pieces.append(ImagePiece(patches, *grid, segment.learn))
         else:

@@ -25,6 +25,7 @@ from mmdiff.layout import (
     Rows,
     TextPiece,
     drop_text,
+    image_grid,
     laid_length,
     lay_out,
     learnt_images,
@@ -172,7 +173,8 @@ class Batches:
         for piece in self.outlines[index]:
             if isinstance(piece, ImagePiece):
                 pixels = next(images).pixels
-                if pixels.shape[:2] != (piece.grid_rows * patch, piece.grid_cols * patch):
+                height, width = pixels.shape[:2]
+                if image_grid(height, width, patch, self.tokenizer) != (piece.grid_rows, piece.grid_cols):
                     raise DataError(f"{self.source.where(index)}: an image changed its size after training began.")
                 # one image at a time: its codes depend on nothing else, to the bit
                 patches = patchify(pixels, patch) if self.tokenizer is None else self.tokenizer.encode([pixels])[0]
@@ -201,11 +203,12 @@ class Batches:
                     (height, width) == size,
                     f"{where}: an image of {height}x{width}, and the tokenizer takes {size[0]}x{size[1]}: set data.image_size.",
                 )
+            grid = image_grid(height, width, patch, self.tokenizer)
             try:
-                self.vocabulary.rows(height // patch), self.vocabulary.cols(width // patch)
+                self.vocabulary.rows(grid[0]), self.vocabulary.cols(grid[1])
             except config.ConfigError as error:
                 raise config.ConfigError(f"{where}: {error}") from error
-            pieces.append(ImagePiece(None, height // patch, width // patch, learn))
+            pieces.append(ImagePiece(None, *grid, learn))
         return pieces
 
     def _kept(self, pieces: Sequence[Piece]) -> list[Piece]:

@@ -20,7 +20,7 @@ from mmdiff.data.vocabulary import Vocabulary
 from mmdiff.diffusion import grids
 from mmdiff.document import IMG, DataError, Document, Image
 from mmdiff.image_paths.base import ImagePath, image_path
-from mmdiff.layout import ImagePiece, ImagePlan, Piece, laid_length, text_pieces
+from mmdiff.layout import ImagePiece, ImagePlan, Piece, image_grid, laid_length, text_pieces
 from mmdiff.models.network import Network
 from mmdiff.sampling import text
 from mmdiff.sampling.session import Options, Session, fold
@@ -163,7 +163,7 @@ class Model:
     def _check_length(self, document: Document, number: int, size: tuple[int, int] | None) -> None:
         """Refuse a prompt that no training row could hold; an image of unknown size counts as one patch."""
         limit, patch = self.cfg.layout.row_length, self.cfg.model.patch
-        grid = (size[0] // patch, size[1] // patch) if size else (1, 1)
+        grid = image_grid(*size, patch, self.tokenizer) if size else (1, 1)
         pieces: list[Piece] = []
         for segment in document.segments:
             asked = segment is IMG

@@ -26,6 +26,7 @@ from mmdiff.layout import (
     Rows,
     TextPiece,
     drop_text,
+    image_grid,
     lay_out,
     patch_cells,
     patch_positions,
@@ -145,7 +146,7 @@ class Session:
             if size is None:
                 draft.mode, draft.images = text.MARKER, draft.images + 1
             else:
-                self._open(draft, size[0] // model.cfg.model.patch, size[1] // model.cfg.model.patch)
+                self._open(draft, *image_grid(*size, model.cfg.model.patch, model.tokenizer))
         elif draft.budget > 0:
             draft.mode = text.TEXT
         else:
@@ -161,7 +162,7 @@ class Session:
         self.model.network.check_size(*size)
         if draft.queue:
             draft.queue.pop(0)
-            self._open(draft, size[0] // self.model.cfg.model.patch, size[1] // self.model.cfg.model.patch)
+            self._open(draft, *image_grid(*size, self.model.cfg.model.patch))
         else:
             draft.mode = text.DONE
 
@@ -191,12 +192,13 @@ class Session:
 
     def _write(self) -> None:
         """The text phase."""
-        options, patch = self.options, self.model.cfg.model.patch
+        options, model = self.options, self.model
         # a phase writes at most the budget, and [IMG] with its two size tokens
         longest = max(d.budget for d in self.drafts if d.mode < text.DRAW) + 4
         slots = round_up(max(d.read for d in self.drafts) + longest, SLOT_BUCKET)
         as_ints = lambda values: jnp.asarray(list(values), jnp.int32)
-        size = options.image_size or (0, 0)
+        size = options.image_size
+        grid = image_grid(*size, model.cfg.model.patch, model.tokenizer) if size else (0, 0)
         state = text.Writing(
             logits=self.logits,
             place=jnp.asarray([d.place for d in self.drafts], jnp.float32),
@@ -208,8 +210,7 @@ class Session:
             written=jnp.zeros(len(self.drafts), jnp.int32),
             read=jnp.zeros(len(self.drafts), jnp.int32),
         )
-        choice = text.Choice.of(options, size[0] // patch, size[1] // patch, self._largest_image())
-        model = self.model
+        choice = text.Choice.of(options, *grid, self._largest_image())
         self.cache, state = text.write_text(
             model.network, model.special, model.params, self.cache, state, self.keys, choice, slots
         )

@@ -92,6 +92,11 @@ class Tokenizer:
         return rows * self.cfg.model.patch, cols * self.cfg.model.patch
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns in which the codes of an image stand: those of its patches, or one row of latents."""
+        return (1, self.network.length) if self.network.tokenizer.latents else self.network.grid
+
+    @property
     def codes(self) -> int:
         """How many codes there are; 0 of a continuous one."""
         return self.network.quantizer.size

@@ -124,11 +124,6 @@ def find_tokenizer(cfg: config.Config, workdir: Path) -> Tokenizer:
     config.require(
         tokenizer.codes > 0, f"{cfg.data.tokenizer} has no codes (tokenizer.quantizer='none'): take a tokenizer that has some."
     )
-    config.require(
-        tokenizer.network.tokenizer.latents == 0,
-        f"{cfg.data.tokenizer} has one-dimensional latents, which have no rows and columns: take a tokenizer with one code for "
-        "each patch (tokenizer.latents=0).",
-    )
     return tokenizer
 
 

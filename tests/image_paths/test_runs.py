@@ -113,6 +113,31 @@ def test_it_is_measured_and_sampled_by_the_commands(run, capsys, tmp_path):
     assert drawn.images[0].pixels.shape == (32, 32, 3)
 
 
+@pytest.mark.parametrize("images", ["next_code", "masked_code"])
+def test_latents_without_places_stand_in_one_row(images, tmp_path):
+    """Five codes for a whole image, whose patches would be 4 x 4."""
+    settings = dataclasses.replace(TOKENIZER, tokenizer=dataclasses.replace(TOKENIZER.tokenizer, latents=5))
+    made = Trained(settings, Trained(settings, {}).network.init(jax.random.key(0)))
+    cfg = system(images, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmdiff.training.run.load_tokenizer", lambda path: made)
+        train(dataclasses.replace(cfg, training=dataclasses.replace(cfg.training, steps=2, sample_every=0)), tmp_path / "run")
+        narrow = dataclasses.replace(cfg, layout=dataclasses.replace(cfg.layout, max_grid=4))
+        with pytest.raises(ConfigError, match=r"an image of 5 patch columns does not fit layout\.max_grid=4"):
+            train(narrow, tmp_path / "narrow")
+    model = mmdiff.load(tmp_path / "run")
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    batches = Batches(Listed([Document("a", Image(pixels))]), model.vocabulary, model.cfg, tokenizer=model.tokenizer)
+    rows = batches.batch(0)
+    first = np.flatnonzero(rows.is_patch[0])[:5]
+    np.testing.assert_array_equal(rows.cell[0, first], [[0, column, 1, 5] for column in range(5)])
+    start = model.vocabulary.codes_range[0]
+    if images == "next_code":
+        np.testing.assert_array_equal(rows.tokens[0, first] - start, made.encode([pixels])[0])
+    (drawn,) = model.generate([Document("a", IMG, "b", Image(pixels), IMG)], max_tokens=0)
+    assert len(drawn.images) == 3 and drawn.images[0].pixels.shape == (32, 32, 3)
+
+
 def test_another_tokenizer_is_other_data(run, tokenizer):
     """Its codes enter what a checkpoint is compared by; a run of raw patches is known by what it was known by before."""
     folder, cfg, _ = run
@@ -146,15 +171,12 @@ def test_what_does_not_fit_a_tokenizer_is_refused_before_training(tokenizer, tmp
     refused(system("next_code", tmp_path / "nowhere"), "holds no run", DataError)
     larger = dataclasses.replace(cfg.data, generator_image_size=64)
     refused(dataclasses.replace(cfg, data=larger), "the tokenizer takes 32x32")
-    for settings, told in ((Tokenizer(quantizer="none"), "has no codes"), (Tokenizer(latents=4), "one-dimensional latents")):
-        folder = tmp_path / settings.quantizer
-        other = dataclasses.replace(TOKENIZER, tokenizer=settings)
-        made = Trained(other, Trained(other, {}).network.init(jax.random.key(0)))
-        folder.mkdir()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("mmdiff.training.run.load_tokenizer", lambda path, made=made: made)
-            with pytest.raises(ConfigError, match=told):
-                find_tokenizer(system("next_code", folder), folder)
+    other = dataclasses.replace(TOKENIZER, tokenizer=Tokenizer(quantizer="none"))
+    made = Trained(other, Trained(other, {}).network.init(jax.random.key(0)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmdiff.training.run.load_tokenizer", lambda path: made)
+        with pytest.raises(ConfigError, match="has no codes"):
+            find_tokenizer(system("next_code", tokenizer), tmp_path)
     (tmp_path / TOKENIZER_FILE).write_bytes(b"no archive")
     with pytest.raises(DataError, match="is no tokenizer, or a damaged one"):
         find_tokenizer(cfg, tmp_path)
