@@ -3,12 +3,13 @@
 #   make test    the test suite
 #   make lint    ruff and mypy
 #   make notebooks    run the notebooks from top to bottom
+#   make parity  compare pretrained parts with the packages they come from (PyTorch, in .venv-parity)
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint notebooks clean
+.PHONY: demo test lint notebooks parity clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mmdiff train experiments/quickstart.py --workdir runs/quickstart
@@ -27,6 +28,15 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check --no-cache .   # its cache remembers which modules did not exist yet
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+parity: .venv-parity/.installed
+	.venv-parity/bin/python -m pytest -q tests/pretrained
+
+.venv-parity/.installed: setup.py pyproject.toml
+	$(PYTHON) -m venv .venv-parity
+	.venv-parity/bin/pip install --quiet --upgrade pip
+	.venv-parity/bin/pip install --quiet --editable ".[parity]"
+	@touch $@
 
 $(VENV)/.installed: setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("mmdiff needs Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else None'
