@@ -9,9 +9,8 @@ from pathlib import Path
 
 from flax import nnx
 
-from mmdiff.pretrained.clip import read_config
 from mmdiff.pretrained.encoder import VisionTower, encoder_rules
-from mmdiff.pretrained.load import Rule, convolution, layer, load_module, norm
+from mmdiff.pretrained.load import Rule, convolution, layer, load_module, norm, read_config
 
 PREFIX = r"(?:vision_model\.)?"
 RULES = [

@@ -4,7 +4,6 @@ Names are those of `CLIPModel` of the transformers package (for example openai/c
 config.json. Source: Radford et al., arXiv 2103.00020.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmdiff.document import DataError
 from mmdiff.pretrained.encoder import Encoder, VisionTower, encoder_rules
-from mmdiff.pretrained.load import Rule, convolution, layer, load_module, norm, transposed
+from mmdiff.pretrained.load import Rule, convolution, layer, load_module, norm, read_config, transposed
 
 OLD_END = 2  # in files that call this the end of a text, it is the largest id instead
 
@@ -75,14 +73,6 @@ class CLIP(nnx.Module):
 
 def unit(x: jax.Array) -> jax.Array:
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
-
-
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json of a folder. Raises DataError without one."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise DataError(f"{path}: not there; it says the sizes of the network.")
-    return json.loads(path.read_text())
 
 
 def load_clip(folder: str | Path, **options) -> CLIP:

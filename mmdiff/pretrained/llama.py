@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmdiff.document import DataError
-from mmdiff.pretrained.clip import read_config
-from mmdiff.pretrained.load import Rule, load_module, transposed
+from mmdiff.pretrained.load import Rule, load_module, read_config, transposed
 
 LAYER = r"model\.layers\.(\d+)"
 RULES = [

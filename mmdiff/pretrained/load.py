@@ -92,7 +92,13 @@ class Weights:
                 opened = safetensors.safe_open(file, framework="numpy")
             except (OSError, safetensors.SafetensorError) as error:
                 raise DataError(f"{file} is no safetensors file ({error}).") from error
-            self._of |= dict.fromkeys(opened.keys(), opened)
+            names = opened.keys()
+            for name in names:
+                if name in self._of:
+                    raise DataError(
+                        f"{path}: {name!r} is in more than one file, {file.name} the last: name the file that is meant."
+                    )
+                self._of[name] = opened
 
     @property
     def names(self) -> list[str]:
@@ -106,6 +112,14 @@ class Weights:
         return self._of[name].get_tensor(name)
 
 
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """config.json of a folder. Raises DataError without one."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise DataError(f"{path}: not there; it says the sizes of the network.")
+    return json.loads(path.read_text())
+
+
 def assigned(weights: Weights, shapes: Mapping[str, tuple[int, ...]], rules: Sequence[Rule], ignored: Sequence[str] = ()):
     """For each of our paths the name in the file and its form.
 
@@ -115,7 +129,7 @@ def assigned(weights: Weights, shapes: Mapping[str, tuple[int, ...]], rules: Seq
       DataError: names and parameters do not match, with all that is wrong.
     """
     found: dict[str, tuple[str, Form]] = {}
-    unknown, wrong = [], {}
+    unknown, wrong, twice = [], {}, []
     for name in weights.names:
         hits = [(rule, match) for rule in rules if (match := re.fullmatch(rule.theirs, name))]
         if not hits and not any(re.fullmatch(pattern, name) for pattern in ignored):
@@ -131,12 +145,15 @@ def assigned(weights: Weights, shapes: Mapping[str, tuple[int, ...]], rules: Seq
                 unknown.append(name)
             elif shape != shapes[ours]:
                 wrong[ours] = f"{name} {weights.shape(name)} for {ours} {shapes[ours]}"
+            elif ours in found:
+                twice.append(f"{found[ours][0]} and {name} for {ours}")
             else:
                 found[ours] = name, rule.form
     complaints = {
         "without a place here": list(dict.fromkeys(unknown)),
         "missing": [path for path in shapes if path not in found and path not in wrong],
         "of another shape": list(wrong.values()),
+        "for the same place": twice,
     }
     told = [f"{len(names)} {what}: {_list(names)}" for what, names in complaints.items() if names]
     if told:

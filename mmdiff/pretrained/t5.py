@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mmdiff.pretrained.clip import read_config
 from mmdiff.pretrained.encoder import ACTIVATIONS
-from mmdiff.pretrained.load import Rule, load_module, transposed
+from mmdiff.pretrained.load import Rule, load_module, read_config, transposed
 
 BLOCK = r"decoder\.block\.(\d+)\.layer"
 RULES = [

@@ -79,6 +79,17 @@ def test_all_that_does_not_fit_is_told_at_once(arrays, tmp_path):
         loaded(tmp_path, ignored=["ext.a"])
 
 
+def test_two_arrays_for_one_place_are_told(arrays, tmp_path):
+    save_file(arrays, tmp_path / "w.safetensors")
+    save_file({"ln.bias": arrays["ln.bias"]}, tmp_path / "w.fp16.safetensors")
+    with pytest.raises(DataError, match="'ln.bias' is in more than one file"):
+        loaded(tmp_path)
+    save_file(arrays | {"old.bias": arrays["ln.bias"]}, tmp_path / "w.safetensors")
+    rules = [*RULES, load.Rule(r"old\.bias", "norm/bias")]
+    with pytest.raises(DataError, match="1 for the same place: ln.bias and old.bias for norm/bias"):
+        load.load_module(lambda: Two(nnx.Rngs(0)), tmp_path / "w.safetensors", rules)
+
+
 def test_what_is_no_safetensors_is_refused(tmp_path):
     with pytest.raises(DataError, match="no such file or folder"):
         loaded(tmp_path / "none")
