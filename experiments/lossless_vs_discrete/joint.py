@@ -19,6 +19,7 @@ may share the work, each with its own --arms, in one WORKDIR.
 """
 
 import argparse
+import html
 import json
 import subprocess
 import sys
@@ -131,10 +132,9 @@ def summary(records: list[dict], metric: str) -> dict[tuple[str, float], tuple[f
     return found
 
 
-def table(records: list[dict]) -> str:
-    """Markdown: the arms at the end, and their cost."""
-    head = ["arm", "parameters", "operations", "with the tokenizer's", *SHOWN]
-    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+def at_the_end(records: list[dict]) -> list[list[str]]:
+    """A row of names, then one for each arm: its size, its cost, its metrics at the end."""
+    rows = [["arm", "parameters", "operations", "with the tokenizer's", *SHOWN]]
     for arm in ARMS:
         last = [r for r in records if r["arm"] == arm and r["share"] == 1.0]
         if last:
@@ -142,32 +142,47 @@ def table(records: list[dict]) -> str:
             for metric in SHOWN:
                 cell = summary(records, metric).get((arm, 1.0))
                 cells.append(f"{cell[0]:.3f} ({cell[1]:.3f} to {cell[2]:.3f})" if cell else "")
-            lines.append(f"| {arm} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append([arm, *cells])
+    return rows
+
+
+def table(records: list[dict]) -> str:
+    """The same as Markdown."""
+    lines = [f"| {' | '.join(row)} |" for row in at_the_end(records)]
+    return "\n".join([lines[0], "| --- " * (4 + len(SHOWN)) + "|", *lines[1:]])
 
 
 def page(records: list[dict]) -> str:
-    """Curves of every metric over positions and over operations, both ways."""
+    """Claims, the end, and curves of every metric over positions and over operations, both ways."""
     axes = (
         ("positions", "positions read"),
         ("flops", "operations"),
         ("flops_with_tokenizer", "operations, the tokenizer's training included"),
     )
-    parts = [f'<!doctype html><meta charset="utf-8"><title>E5</title><style>{STYLE}</style><h1>E5: joint training</h1>']
+    head, *rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in at_the_end(records)]
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    seeds = len({r["seed"] for r in records})
+    parts = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>Joint training</title><style>{STYLE}</style></head><body><h1>Five image paths, trained jointly</h1>",
+        *(f'<p class="faint">{html.escape(" ".join(text.split()))}</p>' for text in (__doc__ or "").split("\n\n")[2:4]),
+        f"<h2>At the end, mean of {seeds} seeds (95% interval)</h2>",
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>',
+    ]
     for metric in SHOWN:
-        parts.append(f"<h2>{metric}</h2>")
+        found, figures = summary(records, metric), []
         for axis, label in axes:
             series = []
             for number, arm in enumerate(ARMS):
-                found = summary(records, metric)
                 at = {r["share"]: r[axis] for r in records if r["arm"] == arm}
                 points = lambda which, at=at, arm=arm, found=found: [
                     (at[share], found[arm, share][which]) for share in SHARES if (arm, share) in found
                 ]
                 if points(0):
                     series.append(Series(arm, number, points(0), [points(1), points(2)]))
-            parts.append(f"<figure>{line_chart(series, label, metric, log_x=True)}</figure>")
-    parts.append("<p>Thick: mean over seeds. Thin: ends of its bootstrap interval.</p>")
+            figures.append(f"<figure>{line_chart(series, label, metric, log_x=True)}</figure>")
+        parts.append(f'<h2>{metric}</h2><div class="charts">{"".join(figures)}</div>')
+    parts.append('<p class="faint">Thick: mean over seeds. Thin: ends of its interval.</p></body></html>')
     return "\n".join(parts)
 
 
