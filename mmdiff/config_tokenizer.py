@@ -52,7 +52,7 @@ class Tokenizer:
     perceptual: float = 0.0
     """Weight of the distance in features of `perceptual_weights`."""
     perceptual_weights: str = ""
-    """File of VGG-16 weights (a .npz or .safetensors), which the user supplies."""
+    """File of VGG-16 weights (a .safetensors or .npz), which the user supplies."""
 
     def __post_init__(self):
         told = {name for names in HEEDED.values() for name in names} - set(HEEDED.get(self.quantizer, ()))

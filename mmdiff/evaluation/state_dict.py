@@ -1,4 +1,4 @@
-"""Reading files of named arrays: NumPy's .npz, and the state dictionaries that torch.save writes, without PyTorch.
+"""Reading files of named arrays: safetensors, NumPy's .npz, and the state dictionaries of torch.save, without PyTorch.
 
 A file of torch.save is a pickle in which each tensor is a call of `_rebuild_tensor_v2(storage, offset, size, stride, ...)`;
 the storages' bytes stand beside it in a zip archive (<root>/data.pkl, <root>/data/<key>), or behind it in the form from
@@ -43,11 +43,16 @@ class Tensor(NamedTuple):
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file or of a torch.save'd state dictionary, by name.
+    """The arrays of a .safetensors or .npz file or of a torch.save'd state dictionary, by name.
 
     Raises:
       DataError: no such file, or none of these.
     """
+    if path.suffix == ".safetensors":
+        from mmdiff.pretrained.load import Weights  # tokenizers must load where safetensors is not installed
+
+        weights = Weights(path)
+        return {name: weights[name] for name in weights.names}
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.signal
+from safetensors.numpy import save_file
 
 from mmdiff.config import ConfigError, Tokenizer
 from mmdiff.document import DataError
@@ -195,7 +196,9 @@ def test_perceptual_distance_against_convolutions_by_scipy(tmp_path, monkeypatch
     arrays = {f"features.{n}.weight": rng.normal(size=(*s, 3, 3)).astype(np.float32) for n, s in shapes.items()}
     arrays |= {f"features.{n}.bias": rng.normal(size=s[0]).astype(np.float32) for n, s in shapes.items()}
     np.savez(tmp_path / "vgg.npz", **arrays)
-    weights = read_vgg(tmp_path / "vgg.npz")
+    save_file(arrays | {"classifier.0.bias": np.zeros(2, np.float32)}, tmp_path / "vgg.safetensors")
+    weights, same = (read_vgg(tmp_path / f"vgg.{end}") for end in ("npz", "safetensors"))
+    assert all((a == b).all() for a, b in zip(jax.tree.leaves(weights), jax.tree.leaves(same), strict=True))
 
     def layer(x, n):  # [c, h, w]
         kernel = arrays[f"features.{n}.weight"]
