@@ -23,6 +23,7 @@ import numpy as np
 import safetensors
 from flax import nnx
 from jax.sharding import Sharding
+from safetensors.numpy import save_file
 
 from mmdiff.document import DataError
 
@@ -63,6 +64,10 @@ def layer(theirs: str, ours: str, form: Form = transposed) -> list[Rule]:
 def norm(theirs: str, ours: str) -> list[Rule]:
     """Scale and bias of a layer, group or RMS norm."""
     return [Rule(rf"{theirs}\.weight", f"{ours}/scale"), Rule(rf"{theirs}\.bias", f"{ours}/bias")]
+
+
+OURS = [Rule(r"(.*)", "{}")]
+"""Of files that `save_module` wrote."""
 
 
 class Weights:
@@ -197,3 +202,20 @@ def load_module(
 
     filled = [(key, leaf.replace(made("/".join(map(str, key)), leaf.shape))) for key, leaf in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def save_module(module: nnx.Module, folder: str | Path, cfg: Mapping[str, Any]) -> None:
+    """Write a module and the config.json of its sizes to a folder, with our names: for stand-ins trained here, which the
+    same functions load as the real thing."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    leaves = {"/".join(map(str, key)): np.asarray(leaf[...]) for key, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param))}
+    part = folder / "model.safetensors.part"  # replaced in one move: a kill leaves the old file or the new one
+    save_file(leaves, part)
+    (folder / "config.json").write_text(json.dumps({"format": "mmdiff", **cfg}, indent=1) + "\n")
+    part.replace(folder / "model.safetensors")
+
+
+def rules_of(cfg: Mapping[str, Any], rules: Sequence[Rule]) -> Sequence[Rule]:
+    """`rules`, or OURS where config.json says that `save_module` wrote the weights."""
+    return OURS if cfg.get("format") == "mmdiff" else rules

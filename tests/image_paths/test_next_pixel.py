@@ -72,7 +72,7 @@ def probabilities(outputs, given=()):
             mean = mean + lean[:, 0] * x[0]
         elif channel == 2:
             mean = mean + lean[:, 1] * x[0] + lean[:, 2] * x[1]
-        scale = np.exp(np.maximum(cut[:, 4 + channel] - 2, -7))
+        scale = np.exp(np.maximum(cut[:, 4 + channel] - 2, -9))
         with np.errstate(over="ignore"):
             each = np.diff(1 / (1 + np.exp(-(edges - mean[:, None]) / scale[:, None])), axis=-1)
         if channel < len(given):
@@ -104,6 +104,13 @@ def test_narrow_components_and_fresh_heads_are_finite_and_learn_apart():
     for outputs in (zero, far):
         value, slope = jax.value_and_grad(lambda o: jax.vmap(next_pixel.log_likelihood, (None, 0))(o, pixels).sum())(outputs)
         assert np.isfinite(value) and np.isfinite(slope).all()
+
+
+def test_a_level_known_for_certain_costs_nothing():
+    level = 128 / 127.5 - 1  # inside the range, where no tail helps
+    heads = jnp.zeros((COMPONENTS, 10)).at[:, 4:7].set(-50.0).at[:, 1:4].set(level - jnp.linspace(-1, 1, COMPONENTS)[:, None])
+    sure = lambda x: float(next_pixel.log_likelihood(heads.reshape(-1), jnp.full(3, x)))
+    assert -1e-4 < sure(level) <= 0 and sure(level + 1 / 127.5) < -10
 
 
 def test_pixels_are_drawn_as_often_as_they_are_likely():
