@@ -31,7 +31,7 @@ from mmdiff.image_paths import next_pixel
 from mmdiff.layout import ImagePiece, ImagePlan, Rows, lay_out, stack
 from mmdiff.models.network import Network
 
-SEEDS, STEPS, BATCH, TESTED, LEARNING_RATE = 3, 1000, 32, 2048, 2e-3
+SEEDS, STEPS, BATCH, TESTED, LEARNING_RATE = 3, 2000, 32, 2048, 2e-3
 CONFIG = Config(
     model=Model(width=64, depth=4, patch=1, block="attention", head_width=32, sparse="strided", compute="float32"),
     layout=Layout(row_length=CELL**2 + 8, images="next_pixel", max_grid=CELL),

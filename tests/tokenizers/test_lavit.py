@@ -1,0 +1,137 @@
+"""LaVIT's parts: attention under a policy, who reads whom, packed = dense, and that the selector is told what to keep."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mmdiff.tokenizers import lavit
+
+COUNT, WIDTH, HEADS = 9, 16, 2
+
+
+def wide(module, key):
+    """Parameters far from zero, so that nothing is read by nobody."""
+    graph, params = nnx.split(module)
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    leaves = [leaf + 0.3 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
+    return nnx.merge(graph, structure.unflatten(leaves))
+
+
+@pytest.fixture(scope="module")
+def parts():
+    rngs = nnx.Rngs(0)
+    made = {
+        "selector": lavit.Selector(WIDTH, rngs),
+        "merger": lavit.Merger(WIDTH, 2, HEADS, rngs),
+        "decoder": lavit.Decoder(COUNT, WIDTH, 4, 2, HEADS, rngs),
+    }
+    return {name: wide(part, jax.random.key(number)) for number, (name, part) in enumerate(made.items())}
+
+
+@pytest.fixture(scope="module")
+def features():
+    return jax.random.normal(jax.random.key(9), (3, COUNT, WIDTH))
+
+
+KEEP = jnp.array([[1, 0, 1, 1, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1, 0, 1], [1, 1, 1, 1, 1, 1, 1, 1, 1]], jnp.float32)
+
+
+def test_attention_under_a_policy_is_the_formula():
+    rng = np.random.default_rng(0)
+    scores, policy = rng.normal(size=(2, 3, 4, 5)), rng.integers(0, 2, (2, 4, 5))
+    policy[0, 1] = 0
+    expected = np.zeros_like(scores)
+    for b, h, i in np.ndindex(2, 3, 4):
+        may = policy[b, i] > 0
+        powers = np.exp(scores[b, h, i] - scores[b, h, i][may].max(initial=-9)) * policy[b, i]
+        expected[b, h, i] = (powers + 1e-6 / 5) / (powers.sum() + 1e-6)
+    found = lavit.policy_attention(jnp.asarray(scores, jnp.float32), jnp.asarray(policy, jnp.float32))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(found[0, :, 1], 1 / 5, atol=1e-6)  # nothing may be read: the mean of all
+    np.testing.assert_allclose(found.sum(-1), 1, atol=1e-5)
+    free = lavit.policy_attention(jnp.asarray(scores, jnp.float32), jnp.ones((2, 1, 5)))
+    np.testing.assert_allclose(free, jax.nn.softmax(jnp.asarray(scores, jnp.float32)), atol=1e-5)
+
+
+def test_packed_equals_dense_where_something_is_kept(parts, features):
+    dense = parts["merger"](features, KEEP)
+    for most in (COUNT, 6):
+        packed = parts["merger"].packed(features, KEEP, most)
+        at = jnp.take_along_axis(dense, packed.places[..., None], axis=1)
+        off = jnp.abs(jnp.where(packed.filled[..., None], packed.x - at, 0)).max(axis=(1, 2))
+        assert (off[:2] < 6e-5).all()
+        assert packed.filled.sum(-1).tolist() == [min(most, count) for count in (4, 5, 9)]
+    other = parts["merger"].packed(features, jnp.roll(KEEP, 1, axis=1), COUNT)
+    assert jnp.abs(other.x[0, 0] - dense[0, other.places[0, 0]]).max() > 0.1
+    for number in range(2):  # in the order of the image
+        index = packed.places[number][packed.filled[number]]
+        assert index.tolist() == np.flatnonzero(KEEP[number]).tolist()
+
+
+def test_kept_patches_read_kept_ones_before_them_and_all_dropped_ones(parts, features):
+    here = 3  # of the first image, of which 0, 2, 3 and 6 are kept
+
+    def out(x):
+        return parts["merger"](x[None], KEEP[:1])[0, here].sum()
+
+    read = jnp.abs(jax.grad(out)(features[0])).max(-1) > 1e-4
+    kept = KEEP[0] > 0
+    assert read[jnp.array([0, 2, 3])].all() and not read[6]
+    assert read[~kept].all()
+
+
+def test_the_selector_learns_by_what_is_read(parts, features):
+    graph, params = nnx.split(parts["selector"])
+
+    def loss(params, detached):
+        keep = lavit.kept(nnx.merge(graph, params)(features), jax.random.key(1))
+        keep = jax.lax.stop_gradient(keep) if detached else keep
+        merged = parts["merger"](features, keep)
+        return lavit.feature_loss(features, parts["decoder"](merged[..., :4], jax.lax.stop_gradient(keep))).mean()
+
+    size = lambda tree: sum(float(jnp.abs(leaf).sum()) for leaf in jax.tree.leaves(tree))
+    assert size(jax.grad(functools.partial(loss, detached=False))(params)) > 1e-2
+    assert size(jax.grad(functools.partial(loss, detached=True))(params)) == 0
+
+
+def test_choices_are_hard_and_noise_is_given_openly(parts, features):
+    choice = parts["selector"](features)
+    np.testing.assert_allclose(jnp.exp(choice).sum(-1), 1, rtol=1e-5)
+    sure = lavit.kept(choice, None)
+    np.testing.assert_array_equal(sure, choice[..., 0] >= choice[..., 1])
+    one, again, other = (lavit.kept(choice, jax.random.key(seed)) for seed in (0, 0, 1))
+    assert (one == again).all() and not (one == other).all() and set(np.unique(one)) <= {0.0, 1.0}
+    many = jax.vmap(lambda key: lavit.kept(choice, key))(jax.random.split(jax.random.key(2), 4000))
+    np.testing.assert_allclose(many.mean(0), jnp.exp(choice[..., 0]), atol=0.04)  # as often as it is likely
+
+
+def test_the_local_half_sees_its_patch_and_the_other_half_all(parts, features):
+    changed = features.at[0, 5].set(features[1, 5])
+    moved = jnp.abs(parts["selector"](changed) - parts["selector"](features)).max(-1)
+    assert (moved[0] > 1e-5).all() and (moved[1:] == 0).all() and moved[0].argmax() == 5
+
+
+def test_codes_are_decoded_by_rank(parts):
+    codes = jax.random.normal(jax.random.key(3), (1, COUNT, 4))
+    keep = KEEP[:1]
+    decoded = parts["decoder"](codes, keep)
+    order = jnp.argsort(1 - keep, axis=-1, stable=True)
+    packed = jnp.take_along_axis(codes, order[..., None], axis=1)[:, :5]
+    front = jnp.array([[1, 1, 1, 1, 0]], jnp.float32)
+    np.testing.assert_allclose(parts["decoder"](packed, front), decoded, atol=1e-4)  # where they stood is not said
+    noise = jnp.where(keep[..., None] > 0, codes, 7.0)
+    np.testing.assert_allclose(parts["decoder"](noise, keep), decoded, atol=1e-4)  # nor what was dropped
+    swapped = codes[:, jnp.array([2, 1, 0, *range(3, COUNT)])]
+    assert jnp.abs(parts["decoder"](swapped, keep) - decoded).max() > 0.01
+
+
+def test_losses_by_hand():
+    a = jnp.array([[[1.0, 0.0], [0.0, 2.0]]])
+    b = jnp.array([[[3.0, 0.0], [1.0, 0.0]]])
+    np.testing.assert_allclose(lavit.feature_loss(a, b), [0.5], atol=1e-6)
+    np.testing.assert_allclose(lavit.ratio_loss(KEEP), 2 * (1 / 3 - 18 / 27) ** 2, rtol=1e-5)
