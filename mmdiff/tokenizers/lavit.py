@@ -12,7 +12,7 @@ while training; `packed` works through the kept ones alone, to the same result.
 
 Selector, policies, causal order, decoding by rank and the loss are those of Jin et al., arXiv 2309.04669, and of their code.
 Ours, since no training code of theirs is published: the decoder, too, reads its codes under the policy, so that the selector
-also learns what is worth saying (`policy_in_decoder`); the codebook's own loss is that of mmdiff/tokenizers/quantizers/vq.py.
+also learns what is worth saying; the codebook's own loss is that of mmdiff/tokenizers/quantizers/vq.py.
 
 Letters: b images, n patches, d width, h heads, m kept patches at most.
 """
