@@ -35,6 +35,7 @@ parity: .venv-parity/.installed
 .venv-parity/.installed: setup.py pyproject.toml
 	$(PYTHON) -m venv .venv-parity
 	.venv-parity/bin/pip install --quiet --upgrade pip
+	-.venv-parity/bin/pip install --quiet torch --index-url https://download.pytorch.org/whl/cpu    # smaller, if it can be had
 	.venv-parity/bin/pip install --quiet --editable ".[parity]"
 	@touch $@
 

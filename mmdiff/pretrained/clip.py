@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmdiff.pretrained.encoder import Encoder, VisionTower, encoder_rules
-from mmdiff.pretrained.load import Rule, convolution, layer, load_module, norm, read_config, rules_of, transposed
+from mmdiff.pretrained.load import Rule, convolution, layer, load_folder, norm, transposed
 
 OLD_END = 2  # in files that call this the end of a text, it is the largest id instead
 
@@ -81,7 +81,6 @@ def load_clip(folder: str | Path, **options) -> CLIP:
     Args:
       options: dtype and place, of `load_module`.
     Raises:
-      DataError: as of `load_module`.
+      DataError: as of `load_folder`.
     """
-    cfg = read_config(folder)
-    return load_module(lambda: CLIP(cfg, nnx.Rngs(0)), folder, rules_of(cfg, RULES), ignored=IGNORED, **options)
+    return load_folder(CLIP, folder, RULES, ignored=IGNORED, **options)

@@ -204,6 +204,19 @@ def load_module(
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
+def load_folder(
+    make: Callable[[dict[str, Any], nnx.Rngs], Module], folder: str | Path, rules: Sequence[Rule], **options
+) -> Module:
+    """The same with the sizes of the folder's config.json, which `make` takes; also of what `save_module` wrote.
+
+    Raises:
+      DataError: as of `load_module` and `read_config`.
+    """
+    cfg = read_config(folder)
+    rules = OURS if cfg.get("format") == "mmdiff" else rules
+    return load_module(lambda: make(cfg, nnx.Rngs(0)), folder, rules, **options)
+
+
 def save_module(module: nnx.Module, folder: str | Path, cfg: Mapping[str, Any]) -> None:
     """Write a module and the config.json of its sizes to a folder, with our names: for stand-ins trained here, which the
     same functions load as the real thing."""
@@ -214,8 +227,3 @@ def save_module(module: nnx.Module, folder: str | Path, cfg: Mapping[str, Any]) 
     save_file(leaves, part)
     (folder / "config.json").write_text(json.dumps({"format": "mmdiff", **cfg}, indent=1) + "\n")
     part.replace(folder / "model.safetensors")
-
-
-def rules_of(cfg: Mapping[str, Any], rules: Sequence[Rule]) -> Sequence[Rule]:
-    """`rules`, or OURS where config.json says that `save_module` wrote the weights."""
-    return OURS if cfg.get("format") == "mmdiff" else rules

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from mmdiff.pretrained.encoder import ACTIVATIONS
-from mmdiff.pretrained.load import Rule, load_module, read_config, transposed
+from mmdiff.pretrained.load import Rule, load_folder, transposed
 
 BLOCK = r"decoder\.block\.(\d+)\.layer"
 RULES = [
@@ -104,7 +104,6 @@ def load_t5_decoder(folder: str | Path, **options) -> T5Decoder:
     Args:
       options: dtype and place, of `load_module`.
     Raises:
-      DataError: as of `load_module`.
+      DataError: as of `load_folder`.
     """
-    cfg = read_config(folder)
-    return load_module(lambda: T5Decoder(cfg, nnx.Rngs(0)), folder, RULES, ignored=IGNORED, **options)
+    return load_folder(T5Decoder, folder, RULES, ignored=IGNORED, **options)
