@@ -78,7 +78,7 @@ class Weights:
     """
 
     def __init__(self, path: str | Path):
-        path = Path(path)
+        self.path = path = Path(path)
         if not path.exists():
             raise DataError(f"{path}: no such file or folder of safetensors.")
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
@@ -118,11 +118,14 @@ class Weights:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json of a folder. Raises DataError without one."""
+    """config.json of a folder. Raises DataError without one, or if it is no JSON."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise DataError(f"{path}: not there; it says the sizes of the network.")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path} is no JSON ({error}).") from error
 
 
 def assigned(weights: Weights, shapes: Mapping[str, tuple[int, ...]], rules: Sequence[Rule], ignored: Sequence[str] = ()):
@@ -162,7 +165,7 @@ def assigned(weights: Weights, shapes: Mapping[str, tuple[int, ...]], rules: Seq
     }
     told = [f"{len(names)} {what}: {_list(names)}" for what, names in complaints.items() if names]
     if told:
-        raise DataError("the weights do not fit: " + "; ".join(told) + ".")
+        raise DataError(f"{weights.path}: the weights do not fit: {'; '.join(told)}.")
     return found
 
 

@@ -75,7 +75,7 @@ def test_all_that_does_not_fit_is_told_at_once(arrays, tmp_path):
     assert "2 without a place here: extra, h.7.fc.bias" in told
     assert "1 missing: layers/1/bias" in told
     assert "1 of another shape: ln.weight (15,) for norm/scale (16,)" in told
-    with pytest.raises(DataError, match="^the weights do not fit: 1 without a place here: h.7.fc.bias; 1 missing"):
+    with pytest.raises(DataError, match=f"^{tmp_path}: the weights do not fit: 1 without a place here: h.7.fc.bias; 1 missing"):
         loaded(tmp_path, ignored=["ext.a"])
 
 
@@ -95,6 +95,11 @@ def test_what_is_no_safetensors_is_refused(tmp_path):
         loaded(tmp_path / "none")
     with pytest.raises(DataError, match="holds no safetensors file; a .bin or .pth must be converted"):
         loaded(tmp_path)
+    with pytest.raises(DataError, match="config.json: not there; it says the sizes"):
+        load.load_folder(lambda cfg, rngs: Two(rngs), tmp_path, RULES)
+    (tmp_path / "config.json").write_text("{sizes")
+    with pytest.raises(DataError, match="config.json is no JSON"):
+        load.load_folder(lambda cfg, rngs: Two(rngs), tmp_path, RULES)
     (tmp_path / "x.safetensors").write_bytes(b"\x80\x04not this")
     with pytest.raises(DataError, match="x.safetensors is no safetensors file"):
         loaded(tmp_path)
