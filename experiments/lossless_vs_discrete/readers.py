@@ -208,7 +208,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="of each network (default: 400 to 1000)")
     parser.add_argument("--examples", type=int, default=EXAMPLES, help="for each network (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=COUNT)
+    parser.add_argument("--count", type=int, default=COUNT, help="questions of each generated kind (default: %(default)s)")
     arguments = parser.parse_args()
     chosen = arguments.kinds or (KINDS if arguments.words else tuple(QUESTIONS))
     if photographed.KIND in chosen and not arguments.words:
@@ -216,8 +216,11 @@ def main() -> int:
     arguments.workdir.mkdir(parents=True, exist_ok=True)
     kept = arguments.workdir / "results.jsonl"
     records = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
+    how_long = lambda kinds: arguments.steps or next(steps for group, steps in STEPS.items() if kinds[0] in group)
+    settings = lambda kinds: {"steps": how_long(kinds), "examples": arguments.examples, "count": arguments.count}
+    records = [r for r in records if r | settings(r["kinds"]) == r]  # of other settings: not asked for now
     done = {(r["front_end"], r["reader"], r["seed"], tuple(r["kinds"])) for r in records}
-    for kinds, steps in STEPS.items():
+    for kinds in STEPS:
         kinds = tuple(kind for kind in kinds if kind in chosen)
         fronts = [(RAW, None), *((path.name, path) for path in arguments.tokenizers)]
         readers = lambda path: ("anew", "fixed") if path else ("anew",)
@@ -240,10 +243,12 @@ def main() -> int:
                 tokenizer = mmdiff.load_tokenizer(path)
                 of, data, test = name, examples(learnt, tokenizer), examples(questions, tokenizer)
             learns_from = data if reader == "anew" else raw
-            file = f"{'raw' if learns_from is raw else name}-{kinds[0]}-{seed}.npz"
-            make = functools.partial(trained, learns_from, arguments.steps or steps, seed)
+            steps = how_long(kinds)
+            file = f"{'raw' if learns_from is raw else name}-{'-'.join(kinds)}-{steps}-{arguments.examples}-{seed}.npz"
+            make = functools.partial(trained, learns_from, steps, seed)
             right = asked(once(arguments.workdir / file, make), test)
-            records.append({"front_end": name, "reader": reader, "seed": seed, "kinds": kinds, "right": right})
+            record = {"front_end": name, "reader": reader, "seed": seed, "kinds": kinds} | settings(kinds)
+            records.append(record | {"right": right})
             with kept.open("a") as lines:
                 lines.write(json.dumps(records[-1]) + "\n")
             told = ", ".join(f"{kind} {share:.3f}" for kind, share in right.items())

@@ -173,8 +173,8 @@ class Batches:
         for piece in self.outlines[index]:
             if isinstance(piece, ImagePiece):
                 pixels = next(images).pixels
-                height, width = pixels.shape[:2]
-                if image_grid(height, width, patch, self.tokenizer) != (piece.grid_rows, piece.grid_cols):
+                whole = self.tokenizer.size if self.tokenizer else (piece.grid_rows * patch, piece.grid_cols * patch)
+                if pixels.shape[:2] != whole:
                     raise DataError(f"{self.source.where(index)}: an image changed its size after training began.")
                 # one image at a time: its codes depend on nothing else, to the bit
                 patches = patchify(pixels, patch) if self.tokenizer is None else self.tokenizer.encode([pixels])[0]

@@ -188,9 +188,10 @@ def test_mistakes_name_the_file_and_line():
 def test_an_image_that_changes_later_is_noticed():
     documents = Documents([captioned(np.zeros((8, 8, 3), np.uint8))])
     batches = Batches(documents, VOCABULARY, configured())
-    documents.documents[0] = captioned(np.zeros((16, 8, 3), np.uint8))
-    with pytest.raises(DataError, match=r"^file:1: an image changed its size"):
-        batches.batch(0)
+    for other in ((16, 8, 3), (8, 9, 3)):  # also by less than a patch
+        documents.documents[0] = captioned(np.zeros(other, np.uint8))
+        with pytest.raises(DataError, match=r"^file:1: an image changed its size"):
+            batches.batch(0)
 
 
 def test_the_vocabulary_is_trained_on_the_data_by_default():
