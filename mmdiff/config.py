@@ -14,6 +14,7 @@ from typing import Literal
 from mmdiff import config_checks
 from mmdiff.config_model import AUTOENCODERS, ConfigError, Model, require, suggest
 from mmdiff.config_tokenizer import Tokenizer
+from mmdiff.orders import Order
 
 __all__ = ["Config", "ConfigError", "Data", "Diffusion", "Layout", "Mesh", "Model", "Optimizer", "Sampling", "Training"]
 __all__ += ["AUTOENCODERS", "Tokenizer", "check_image_size", "require", "suggest"]
@@ -29,6 +30,8 @@ class Layout:
     `next_code`, `masked_code`: codes of data.tokenizer, predicted one after another, or many at a time. `next_pixel`: pixels,
     predicted one after another. `next_patch`: raw patches, each regressed on those before it. `read`: raw patches that are
     read and never drawn."""
+    order: Order = "raster"
+    """In which order an image's positions are predicted, with `next_...` (mmdiff/orders.py)."""
     markers: bool = True
     """False: images alone. A row then holds noised blocks and nothing else; texts and given images are left out."""
     time_token: bool = False
@@ -65,6 +68,11 @@ class Layout:
         require(
             self.blocks or self.noised_copies == 1,
             f"{name} has no noised blocks: set layout.noised_copies=1.",
+        )
+        require(
+            self.order == "raster" or self.in_order,
+            f"layout.order={self.order!r} has no meaning with {name}, which predicts no position from those before it: leave "
+            "it at 'raster'.",
         )
 
     @property

@@ -93,6 +93,10 @@ def _check_images(cfg: "Config") -> None:
         f"model.sparse={model.sparse!r} takes turns with layers and is for images that are read in order: it needs "
         f"model.depth above 1 and layout.images='next_...', not {model.depth} and {layout.images!r}.",
     )
+    require(
+        model.sparse == "none" or layout.order == "raster",
+        f"layout.order={layout.order!r}: model.sparse={model.sparse!r} reads columns and rows, and so needs 'raster'.",
+    )
     if layout.images == "denoised":
         return
     require(not model.step_input and cfg.few_step.objective == "none", f"{name} has no few-step training.")
