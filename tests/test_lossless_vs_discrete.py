@@ -220,7 +220,10 @@ class TokenizerOf64:
 
 def test_arms_are_compared_on_equal_terms(monkeypatch):
     joint = ran("joint.py", monkeypatch)
-    settings = {arm: joint["settings"](arm, 1, 32) for arm in joint["ARMS"]}
+    file = joint["HERE"] / "systems.py"
+    claims, arms = joint["systems"](file)
+    assert claims.startswith("Claims, before any was run") and len(claims.splitlines()) == 1
+    settings = {arm: joint["settings"](file, arm, 1, 32) for arm in arms}
     one = settings["raw"]
     for arm, cfg in settings.items():
         assert (cfg.training.seed, cfg.training.steps, cfg.training.checkpoint_every, cfg.training.keep_every) == (1, 32, 2, 2)
@@ -239,7 +242,7 @@ def test_arms_are_compared_on_equal_terms(monkeypatch):
     found = joint["summary"](records, "image_accuracy")
     assert found["raw", 0.5][0] == 0.75 and ("read", 1.0) not in found
     assert "| raw | 10 | 1e+09 | 2e+09 |" in joint["table"](records) and "1.500 (" in joint["table"](records)
-    assert joint["page"](records).count("<svg") == 3
+    assert joint["page"](records, claims).count("<svg") == 3
 
 
 def test_the_picture_shows_the_results_that_are_there(monkeypatch, tmp_path):

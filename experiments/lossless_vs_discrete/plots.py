@@ -130,7 +130,7 @@ def curves(metric: str) -> Callable[[Axes, list[dict]], None]:
 
     def panel(axes: Axes, found: list[dict]) -> None:
         values = joint.summary(found, metric)
-        for number, arm in enumerate(joint.ARMS):
+        for number, arm in enumerate(joint.arms_of(found)):
             at = {r["share"]: r["flops"] for r in found if r["arm"] == arm}
             shares = [share for share in joint.SHARES if (arm, share) in values]
             if shares:
