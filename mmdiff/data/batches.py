@@ -212,7 +212,7 @@ class Batches:
         return pieces
 
     def _kept(self, pieces: Sequence[Piece]) -> list[Piece]:
-        if self.cfg.model.network in config.AUTOENCODERS:  # a tokenizer learns from all images, also from those given
+        if self.cfg.model.network in config.TOKENIZERS:  # a tokenizer learns from all images, also from those given
             return [p._replace(learn=True) for p in pieces if isinstance(p, ImagePiece)]
         return list(pieces) if self.cfg.layout.markers else learnt_images(pieces)
 

@@ -244,7 +244,7 @@ def load(workdir: str | Path, *, ema: bool = True, step: int | None = None, weak
 
     workdir = Path(workdir)
     cfg = run_config(workdir)
-    if cfg.model.network in config.AUTOENCODERS:
+    if cfg.model.network in config.TOKENIZERS:
         raise DataError(f"{workdir} holds an image tokenizer, which draws and reads nothing; see mmdiff.load_tokenizer.")
     vocabulary, tokenizer = Vocabulary.load(workdir / "vocabulary.model", cfg.layout.max_grid), None
     if cfg.layout.codes:

@@ -23,7 +23,7 @@ def training_flops(cfg: config.Config, vocabulary_size: int) -> float:
     evaluations of few-step training have no backward pass.
     """
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention="dense"))
-    if cfg.model.network in config.AUTOENCODERS:
+    if cfg.model.network in config.TOKENIZERS:
         return _tokenizer_flops(cfg)
     network = Network.of(cfg, vocabulary_size)
     params = jax.eval_shape(network.init, jax.random.key(0))

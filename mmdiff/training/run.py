@@ -93,7 +93,7 @@ def build(cfg: config.Config, workdir: Path, mesh: Mesh) -> Run:
 
 def make_network(cfg: config.Config, vocabulary_size: int, mesh: Mesh | None = None) -> Network | TokenizerNetwork:
     """The network of a configuration."""
-    if cfg.model.network in config.AUTOENCODERS:
+    if cfg.model.network in config.TOKENIZERS:
         return TokenizerNetwork.of(cfg, mesh)
     return Network.of(cfg, vocabulary_size, mesh)
 
