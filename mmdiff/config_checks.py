@@ -3,7 +3,7 @@
 import dataclasses
 from typing import TYPE_CHECKING
 
-from mmdiff.config_model import AUTOENCODERS, DENSE_LIMIT, RAW_ONLY, SEMANTIC, TOKENIZERS, ConfigError, require
+from mmdiff.config_model import DENSE_LIMIT, RAW_ONLY, SEMANTIC, TOKENIZERS, ConfigError, require
 from mmdiff.config_tokenizer import AUTOENCODER_ONLY, SEMANTIC_ONLY
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ def _check_few_step(cfg: "Config") -> None:
 def _check_rival(cfg: "Config") -> None:
     model, layout, size = cfg.model, cfg.layout, cfg.fixed_size
     name = f"model.network={model.network!r}"
-    require(not layout.markers, f"{name} knows images alone: set layout.markers=False.")
+    paired = model.network == "seed" and cfg.tokenizer.stage == 1
+    require(paired or not layout.markers, f"{name} knows images alone: set layout.markers=False.")
     require(not layout.time_token, f"{name} has its own way to be told the time: set layout.time_token=False.")
     if size is None:
         raise ConfigError(f"{name} needs images of one size: set data.image_size.")
@@ -77,7 +78,7 @@ def _check_rival(cfg: "Config") -> None:
     )
     count = (size[0] // model.patch) * (size[1] // model.patch)
     require(
-        count > 0 and layout.row_length % count == 0,
+        paired or (count > 0 and layout.row_length % count == 0),
         f"layout.row_length={layout.row_length} must be a multiple of the {count} patches of an image with {name}.",
     )
 
@@ -141,7 +142,7 @@ def _check_tokenizer(cfg: "Config") -> None:
         )
         return
     name = f"model.network={model.network!r}"
-    unread = AUTOENCODER_ONLY if model.network in SEMANTIC else SEMANTIC_ONLY
+    unread: tuple[str, ...] = AUTOENCODER_ONLY if model.network in SEMANTIC else SEMANTIC_ONLY
     unread += {"lavit": ("stage",), "seed": ("deterministic",)}.get(model.network, ())
     for field in unread:
         value, usual = getattr(settings, field), getattr(type(settings)(), field)
@@ -175,6 +176,11 @@ def _check_semantic(cfg: "Config") -> None:
         require(
             settings.stage == 1 or bool(cfg.training.init),
             "tokenizer.stage=2 codes what the Q-Former of stage 1 says: set training.init to the folder of that run.",
+        )
+        require(
+            settings.stage == 2 or (cfg.layout.markers and cfg.layout.images == "read" and cfg.training.sample_every == 0),
+            "tokenizer.stage=1 reads images with their texts and draws nothing: set layout.markers=True, layout.images='read' "
+            "and training.sample_every=0.",
         )
 
 

@@ -31,7 +31,9 @@ HEEDED = ("network", "width", "depth", "patch", "head_width", "attention", "comp
 class Model:
     """The network. Two GAU layers cost about one attention + SwiGLU layer."""
 
-    network: Literal["transfusion", "unet", "uvit", "dit", "conv_autoencoder", "vit_autoencoder", "lavit", "seed"] = "transfusion"
+    network: Literal["transfusion", "unet", "uvit", "dit", "conv_autoencoder", "vit_autoencoder", "lavit", "seed"] = (
+        "transfusion"
+    )
     """The others are for images alone (they need layout.markers=False): rivals, in mmdiff/models/, and discrete tokenizers, in
     mmdiff/tokenizers/: autoencoders, and two that code what a frozen encoder says of an image, `lavit` and `seed`; of these,
     width, depth, patch and head_width are those of the decoder to pixels."""

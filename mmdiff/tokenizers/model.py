@@ -137,7 +137,8 @@ class Tokenizer:
         fit = all(1 <= length <= most if self.dynamic else length == most for length in lengths)
         if not fit or any(not 0 <= row.min() <= row.max() < self.codes for row in rows if row.size):
             told = f"1 to {most}" if self.dynamic else f"{most}"
-            raise DataError(f"ids {np.shape(ids) if fit else sorted(lengths)}: this tokenizer decodes {told} for each image, from 0 to {self.codes - 1}.")
+            found = f"{np.shape(ids)}" if fit else f"of lengths {sorted(lengths)}"
+            raise DataError(f"ids {found}: this tokenizer decodes {told} for each image, from 0 to {self.codes - 1}.")
         filled = np.full((len(rows), most), -1, np.int32)
         for row, given in zip(filled, rows, strict=True):
             row[: len(given)] = given
@@ -187,4 +188,6 @@ def load_tokenizer(workdir: str | Path, *, step: int | None = None) -> Tokenizer
     cfg = run_config(workdir)
     if cfg.model.network not in config.TOKENIZERS:
         raise DataError(f"{workdir} holds a model of documents, no tokenizer (model.network={cfg.model.network!r}).")
+    if cfg.model.network == "seed" and cfg.tokenizer.stage == 1:
+        raise DataError(f"{workdir} holds the first stage of SEED, which has no codes yet: train the second on it.")
     return Tokenizer(cfg, restore_params(workdir / "checkpoints", step=step)[0])

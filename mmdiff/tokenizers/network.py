@@ -16,7 +16,7 @@ Letters: n images, l codes of an image, c numbers of a code.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import einops
 import jax
@@ -35,6 +35,9 @@ from mmdiff.tokenizers.quantizers.lfq import LFQ
 from mmdiff.tokenizers.quantizers.none import Continuous
 from mmdiff.tokenizers.quantizers.simvq import SimVQ
 from mmdiff.tokenizers.quantizers.vq import VQ
+
+if TYPE_CHECKING:
+    from mmdiff.data.batches import Batches
 
 UNTRAINED = "codebook"
 
@@ -151,8 +154,8 @@ class TokenizerNetwork:
     """Whether images have different numbers of codes."""
 
     @staticmethod
-    def of(cfg: config.Config, mesh: Mesh | None = None) -> "TokenizerNetwork":
-        """The network of an experiment."""
+    def of(cfg: config.Config, mesh: Mesh | None = None, vocabulary_size: int = 0) -> "TokenizerNetwork":
+        """The network of an experiment; `vocabulary_size`: of one that also reads texts (tokenizer.stage=1)."""
         if cfg.fixed_size is None:
             raise config.ConfigError(f"model.network={cfg.model.network!r} needs images of one size: set data.image_size.")
         height, width = cfg.fixed_size
@@ -160,7 +163,7 @@ class TokenizerNetwork:
         if cfg.model.network in config.SEMANTIC:
             from mmdiff.tokenizers.semantic import semantic_network
 
-            return semantic_network(cfg, grid, mesh)
+            return semantic_network(cfg, grid, mesh, vocabulary_size)
         return TokenizerNetwork(cfg.model, cfg.tokenizer, grid, mesh)
 
     @property
@@ -201,6 +204,18 @@ class TokenizerNetwork:
     def given(self) -> dict[str, Any]:
         """Parameters that come from elsewhere, as arrays of the host: those of a frozen encoder."""
         return {}
+
+    def inherited(self, params: dict[str, Any]) -> dict[str, Any]:
+        """What of another run's parameters (training.init) this network starts from."""
+        return params
+
+    def validate(
+        self, cfg: config.Config, params: Any, batches: "Batches", rows: int, between: Callable[[], None]
+    ) -> dict[str, float]:
+        """Numbers about the first `rows` held-out rows; `between` is called before each batch."""
+        from mmdiff.tokenizers.validate import validate
+
+        return validate(self, cfg, params, batches, rows, between)
 
     def objective(self, cfg: config.Config) -> Objective:
         """What training minimises."""
