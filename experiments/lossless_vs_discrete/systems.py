@@ -1,4 +1,4 @@
-"""Five ways for images to enter and leave one transformer, on the same documents (E5: joint.py; each also by itself).
+"""Ways for images to enter and leave one transformer, on the same documents (E5: joint.py; each also by itself).
 
     mmdiff train experiments/lossless_vs_discrete/tokenizers.py:vq --workdir runs/tokenizers/vq
     mmdiff train experiments/lossless_vs_discrete/systems.py:vq_ar --workdir runs/systems/vq_ar
@@ -8,6 +8,8 @@
     vq_ar     VQ codes, next-token prediction in one vocabulary        LWM, Chameleon, LlamaGen
     fsq_ar    the same with FSQ codes
     masked    VQ codes, masked prediction and parallel drawing         MaskGIT, Show-o
+    lavit     as many codes as an image needs, of a frozen encoder's features (semantic.py)      LaVIT
+    seed      8 codes of what a Q-Former says of them                                             SEED
 
     pixels    pixels one after another, of images alone: how many bits these hold at most (rate.py)        PixelCNN++
 
@@ -59,6 +61,16 @@ def fsq_ar() -> Config:
 
 def masked() -> Config:
     return config("masked", "masked_code", f"{TOKENIZERS}/vq", steps=12)
+
+
+def lavit() -> Config:
+    """The model writes how many codes an image has, at most one for each of 64 patches."""
+    cfg = config("lavit", "next_code", f"{TOKENIZERS}/lavit")
+    return dataclasses.replace(cfg, layout=dataclasses.replace(cfg.layout, max_grid=64))
+
+
+def seed() -> Config:
+    return config("seed", "next_code", f"{TOKENIZERS}/seed")
 
 
 def pixels() -> Config:
