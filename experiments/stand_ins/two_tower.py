@@ -1,6 +1,6 @@
 """A small encoder of images and texts, trained on generated scenes: what stands in for CLIP where nobody has brought it.
 
-    python experiments/stand_ins/two_tower.py --out runs/stand_ins/two_tower
+    python experiments/stand_ins/two_tower.py --out runs/stand_ins/two_tower [--side 32 --patch 4]
 
 It learns which caption belongs to which scene of its batch; equal captions count as one. FOLDER is read by
 `mmdiff.pretrained.clip.load_clip` like the real one, its words are bytes. What it knows is coloured forms on dark ground:
@@ -27,12 +27,12 @@ from mmdiff.pretrained.clip import CLIP
 from mmdiff.pretrained.encoder import normalised
 from mmdiff.pretrained.load import save_module
 
-END, LONGEST, SIDE = 256, 96, 64
+END, LONGEST, SIDE, PATCH = 256, 96, 64, 8
 TEXT = {"vocab_size": 257, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-VISION = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 6, "patch_size": 8}
+VISION = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 6}
 CONFIG = {
     "text_config": TEXT | {"max_position_embeddings": LONGEST, "eos_token_id": END, "hidden_act": "gelu"},
-    "vision_config": VISION | {"image_size": SIDE, "hidden_act": "gelu"},
+    "vision_config": VISION | {"image_size": SIDE, "patch_size": PATCH, "hidden_act": "gelu"},
     "projection_dim": 64,
     "words": "bytes",
 }
@@ -47,15 +47,20 @@ def as_bytes(text: str) -> np.ndarray:
     return found
 
 
-def scenes(count: int, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [n, 64, 64, 3] and int32 [n, LONGEST]."""
-    source = Shapes(0, count, SIDE, mix=(("draw", 1.0),), max_objects=2, split=split)
+def sized(side: int, patch: int) -> dict:
+    """The sizes of both towers, for images of `side` pixels in patches of `patch`."""
+    return CONFIG | {"vision_config": CONFIG["vision_config"] | {"image_size": side, "patch_size": patch}}
+
+
+def scenes(count: int, split: str, side: int = SIDE) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [n, side, side, 3] and int32 [n, LONGEST]."""
+    source = Shapes(0, count, side, mix=(("draw", 1.0),), max_objects=2, split=split)
     documents = [source[i] for i in range(count)]
     return np.stack([d.images[0].pixels for d in documents]), np.stack([as_bytes(d.texts[0]) for d in documents])
 
 
-def fresh(rngs: nnx.Rngs) -> CLIP:
-    model = CLIP(CONFIG, rngs)
+def fresh(rngs: nnx.Rngs, cfg: dict) -> CLIP:
+    model = CLIP(cfg, rngs)
     for module, width in ((model.text, TEXT["hidden_size"]), (model.vision, VISION["hidden_size"])):
         for name in ("embedding", "place", "first"):
             if hasattr(module, name):
@@ -66,15 +71,15 @@ def fresh(rngs: nnx.Rngs) -> CLIP:
 
 
 def loss_of(model: CLIP, images: jax.Array, texts: jax.Array) -> jax.Array:
-    a, b = model.embed_images(normalised(images, SIDE)), model.embed_texts(texts)
+    a, b = model.embed_images(normalised(images, images.shape[1])), model.embed_texts(texts)
     same = (texts[:, None] == texts).all(-1)
     target = same / same.sum(-1, keepdims=True)
     logits = jnp.exp(jnp.minimum(model.log_scale[...], jnp.log(100.0))) * a @ b.T
     return optax.softmax_cross_entropy(jnp.stack([logits, logits.T]), target).mean()
 
 
-def trained(images: np.ndarray, texts: np.ndarray, steps: int, seed: int) -> CLIP:
-    model = fresh(nnx.Rngs(seed))
+def trained(images: np.ndarray, texts: np.ndarray, steps: int, seed: int, cfg: dict = CONFIG) -> CLIP:
+    model = fresh(nnx.Rngs(seed), cfg)
     graph, params = nnx.split(model)
     tx = optax.adamw(optax.cosine_onecycle_schedule(steps, LEARNING_RATE), weight_decay=0.05)
 
@@ -95,7 +100,7 @@ def trained(images: np.ndarray, texts: np.ndarray, steps: int, seed: int) -> CLI
 
 def retrieved(model: CLIP, images: np.ndarray, texts: np.ndarray) -> float:
     """Share of images whose nearest text, of all, is a caption of theirs."""
-    a = np.concatenate([np.asarray(model.embed_images(normalised(part, SIDE))) for part in np.split(images, 4)])
+    a = np.concatenate([np.asarray(model.embed_images(normalised(part, part.shape[1]))) for part in np.split(images, 4)])
     nearest = (a @ np.asarray(model.embed_texts(texts)).T).argmax(-1)
     return float((texts[nearest] == texts).all(-1).mean())
 
@@ -105,10 +110,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
+    side, patch = (CONFIG["vision_config"][name] for name in ("image_size", "patch_size"))
+    parser.add_argument("--side", type=int, default=side, help="of the images, in pixels (default: %(default)s)")
+    parser.add_argument("--patch", type=int, default=patch, help="of the vision tower, in pixels (default: %(default)s)")
     arguments = parser.parse_args()
-    model = trained(*scenes(EXAMPLES, "train"), arguments.steps, arguments.seed)
-    save_module(model, arguments.out, CONFIG)
-    images, texts = scenes(TESTED, "test")
+    if arguments.patch < 1 or arguments.side < 1 or arguments.side % arguments.patch:
+        parser.error(f"--side {arguments.side} is not a multiple of --patch {arguments.patch}.")
+    cfg = sized(arguments.side, arguments.patch)
+    model = trained(*scenes(EXAMPLES, "train", arguments.side), arguments.steps, arguments.seed, cfg)
+    save_module(model, arguments.out, cfg)
+    images, texts = scenes(TESTED, "test", arguments.side)
     told = len(np.unique(texts, axis=0))
     print(f"{retrieved(model, images, texts):.3f} of {TESTED} unseen scenes find their caption among {told}: {arguments.out}")
     return 0

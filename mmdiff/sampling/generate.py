@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mmdiff import config
+from mmdiff.adapters.slices import Slices
 from mmdiff.config_files import run_config
 from mmdiff.data.vocabulary import Vocabulary
 from mmdiff.diffusion import grids
@@ -54,6 +55,8 @@ class Model:
         """
         if weak is not None:
             check_weaker(cfg, vocabulary, weak)
+        if cfg.front_end.kind != "none":
+            tokenizer = Slices(cfg)
         self.cfg, self.vocabulary, self.between, self.tuned = cfg, vocabulary, between, dict(tuned or {})
         self.network = Network.of(cfg, vocabulary.size, mesh)
         self.params = jax.jit(self.network.separate)(params)
@@ -167,7 +170,8 @@ class Model:
         pieces: list[Piece] = []
         for segment in document.segments:
             asked = segment is IMG
-            pieces += [ImagePiece(None, *grid)] if asked else text_pieces(Document(segment), self.vocabulary, patch)
+            slices = self.tokenizer if self.cfg.front_end.kind != "none" else None  # to make codes would take long
+            pieces += [ImagePiece(None, *grid)] if asked else text_pieces(Document(segment), self.vocabulary, patch, slices)
         images = [p for p in pieces if isinstance(p, ImagePiece)]
         last = [p.patches is None and p is pieces[-1] for p in images]  # nothing reads it clean: only its noised block
         plans = [ImagePlan(clean=not it, noised=int(it)) for it in last]
@@ -183,7 +187,7 @@ class Model:
         size = self.tokenizer.size
         config.require(
             options.image_size in (None, size),
-            f"image_size={options.image_size}: the tokenizer decodes images of {size[0]}x{size[1]} alone; leave it out.",
+            f"image_size={options.image_size}: this model knows images of {size[0]}x{size[1]} alone; leave it out.",
         )
         return dataclasses.replace(options, image_size=size)
 
