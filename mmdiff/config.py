@@ -13,12 +13,13 @@ import json
 from typing import Literal
 
 from mmdiff import config_checks
-from mmdiff.config_front_end import FrontEnd, Tower
-from mmdiff.config_model import AUTOENCODERS, ConfigError, Model, require, suggest
-from mmdiff.config_tokenizer import Tokenizer
+from mmdiff.config_front_end import FrontEnd
+from mmdiff.config_model import AUTOENCODERS, SEMANTIC, TOKENIZERS, ConfigError, Model, require, suggest
+from mmdiff.config_tokenizer import Tokenizer, Tower
 
 __all__ = ["Config", "ConfigError", "Data", "Diffusion", "Layout", "Mesh", "Model", "Optimizer", "Sampling", "Training"]
-__all__ += ["AUTOENCODERS", "FrontEnd", "Tokenizer", "Tower", "check_image_size", "require", "suggest"]
+__all__ += ["AUTOENCODERS", "SEMANTIC", "TOKENIZERS", "FrontEnd", "Tokenizer", "Tower"]
+__all__ += ["check_image_size", "require", "suggest"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

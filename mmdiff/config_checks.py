@@ -3,7 +3,8 @@
 import dataclasses
 from typing import TYPE_CHECKING
 
-from mmdiff.config_model import AUTOENCODERS, DENSE_LIMIT, RAW_ONLY, ConfigError, require
+from mmdiff.config_model import DENSE_LIMIT, RAW_ONLY, SEMANTIC, TOKENIZERS, ConfigError, require
+from mmdiff.config_tokenizer import AUTOENCODER_ONLY, SEMANTIC_ONLY
 
 if TYPE_CHECKING:
     from mmdiff.config import Config
@@ -61,7 +62,8 @@ def _check_few_step(cfg: "Config") -> None:
 def _check_rival(cfg: "Config") -> None:
     model, layout, size = cfg.model, cfg.layout, cfg.fixed_size
     name = f"model.network={model.network!r}"
-    require(not layout.markers, f"{name} knows images alone: set layout.markers=False.")
+    paired = model.network == "seed" and cfg.tokenizer.stage == 1
+    require(paired or not layout.markers, f"{name} knows images alone: set layout.markers=False.")
     require(not layout.time_token, f"{name} has its own way to be told the time: set layout.time_token=False.")
     if size is None:
         raise ConfigError(f"{name} needs images of one size: set data.image_size.")
@@ -77,7 +79,7 @@ def _check_rival(cfg: "Config") -> None:
     )
     count = (size[0] // model.patch) * (size[1] // model.patch)
     require(
-        count > 0 and layout.row_length % count == 0,
+        paired or (count > 0 and layout.row_length % count == 0),
         f"layout.row_length={layout.row_length} must be a multiple of the {count} patches of an image with {name}.",
     )
 
@@ -163,21 +165,54 @@ def _check_front_end(cfg: "Config") -> None:
 
 def _check_tokenizer(cfg: "Config") -> None:
     model, settings = cfg.model, cfg.tokenizer
-    if model.network not in AUTOENCODERS:
+    if model.network not in TOKENIZERS:
         require(
             settings == type(settings)(),
-            f"tokenizer: its fields are for model.network in {', '.join(map(repr, AUTOENCODERS))}, not {model.network!r}; "
+            f"tokenizer: its fields are for model.network in {', '.join(map(repr, TOKENIZERS))}, not {model.network!r}; "
             "leave them at their defaults.",
         )
         return
+    name = f"model.network={model.network!r}"
+    unread: tuple[str, ...] = AUTOENCODER_ONLY if model.network in SEMANTIC else SEMANTIC_ONLY
+    unread += {"lavit": ("stage",), "seed": ("deterministic",)}.get(model.network, ())
+    for field in unread:
+        value, usual = getattr(settings, field), getattr(type(settings)(), field)
+        require(value == usual, f"tokenizer.{field}={value!r} has no meaning with {name}; leave it at its default, {usual!r}.")
     require(
-        settings.latents == 0 or model.network == "vit_autoencoder",
-        f"tokenizer.latents={settings.latents} needs model.network='vit_autoencoder'; 0 is one code for each patch.",
+        settings.latents == 0 or model.network in ("vit_autoencoder", "seed"),
+        f"tokenizer.latents={settings.latents} needs model.network='vit_autoencoder' or 'seed'; 0 is one code for each patch.",
     )
+    if model.network in SEMANTIC:
+        _check_semantic(cfg)
     require(
         cfg.training.accumulate == 1,
         f"training.accumulate={cfg.training.accumulate}: a codebook learns from whole batches; set it to 1.",
     )
+
+
+def _check_semantic(cfg: "Config") -> None:
+    model, settings, name = cfg.model, cfg.tokenizer, f"model.network={cfg.model.network!r}"
+    require(
+        bool(settings.encoder),
+        f"{name} codes the features of a frozen encoder: set tokenizer.encoder to its folder (CLIP's, or what "
+        "experiments/stand_ins/two_tower.py trains).",
+    )
+    require(
+        cfg.sampling.solver != "few_step" and cfg.sampling.grid != "tuned",
+        f"sampling.solver={cfg.sampling.solver!r}, sampling.grid={cfg.sampling.grid!r}: the pixels of {name} are drawn by "
+        "another solver than few_step, on another grid than a tuned one.",
+    )
+    if model.network == "seed":
+        require(settings.latents > 0, "model.network='seed' has tokenizer.latents codes for an image: set it, to 8 or 32.")
+        require(
+            settings.stage == 1 or bool(cfg.training.init),
+            "tokenizer.stage=2 codes what the Q-Former of stage 1 says: set training.init to the folder of that run.",
+        )
+        require(
+            settings.stage == 2 or (cfg.layout.markers and cfg.layout.images == "read" and cfg.training.sample_every == 0),
+            "tokenizer.stage=1 reads images with their texts and draws nothing: set layout.markers=True, layout.images='read' "
+            "and training.sample_every=0.",
+        )
 
 
 def _check_mesh(cfg: "Config") -> None:

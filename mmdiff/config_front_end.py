@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from mmdiff.config_model import require
+from mmdiff.config_tokenizer import Tower
 
 HEEDED = {  # fields that mean something to one kind or the other; elsewhere they must keep their defaults
     "none": (),
@@ -13,38 +14,8 @@ HEEDED = {  # fields that mean something to one kind or the other; elsewhere the
     "qformer": ("tokens", "width", "depth", "heads", "init"),
     "causal_former": ("tokens", "width", "depth", "heads", "regression"),
 }
-COMMON = ("kind", "encoder", "tower", "skipped", "frozen")
+COMMON = ("kind", "encoder", "names", "tower", "skipped", "frozen")
 Kind = Literal["none", "linear", "mlp", "resampler", "qformer", "causal_former"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Tower:
-    """Sizes of the vision tower, which must be those of the config.json in front_end.encoder: the default is CLIP ViT-L/14.
-    They stand here so that a run, and a plan of one, needs no other folder."""
-
-    kind: Literal["clip", "blip2"] = "clip"
-    """Whose names the weights have (mmdiff/pretrained/)."""
-    side: int = 224
-    """Of the images that it takes, in pixels; others are resized to it."""
-    patch: int = 14
-    width: int = 1024
-    inner: int = 4096
-    depth: int = 24
-    heads: int = 16
-    activation: Literal["quick_gelu", "gelu", "gelu_new", "relu", "silu"] = "quick_gelu"
-
-    def __post_init__(self):
-        for name in ("side", "patch", "width", "inner", "depth", "heads"):
-            value = getattr(self, name)
-            require(value >= 1, f"front_end.tower.{name}={value} must be at least 1.")
-        require(
-            self.side % self.patch == 0,
-            f"front_end.tower.side={self.side} is not a multiple of front_end.tower.patch={self.patch}. Change one of them.",
-        )
-        require(
-            self.width % self.heads == 0,
-            f"front_end.tower.width={self.width} is not a multiple of front_end.tower.heads={self.heads}. Change one of them.",
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +28,10 @@ class FrontEnd:
     all (Flamingo). `qformer`: learned queries read all (BLIP-2). `causal_former`: learned queries, one after another (Emu)."""
     encoder: str = ""
     """Folder of the tower's weights, as of CLIP or of BLIP-2 (mmdiff/pretrained/). A run keeps them in its checkpoints."""
+    names: Literal["clip", "blip2"] = "clip"
+    """Whose names the weights in `encoder` have."""
     tower: Tower = Tower()
+    """Sizes of the tower, those of the config.json in `encoder`: written here, so that a plan of a run needs no weights."""
     skipped: int = 1
     """Last layers of the tower that are not read: 1 is the hidden state -2 that LLaVA reads."""
     frozen: bool = True
@@ -89,6 +63,18 @@ class FrontEnd:
         if self.kind == "none":
             return
         require(bool(self.encoder), f"front_end.kind={self.kind!r} needs front_end.encoder, the folder of a vision tower.")
+        tower = self.tower
+        for name in ("side", "patch", "width", "hidden", "depth", "heads"):
+            require(
+                getattr(tower, name) >= 1,
+                f"front_end.tower.{name}={getattr(tower, name)} must be that of the config.json in front_end.encoder.",
+            )
+        require(tower.embedding == 0, f"front_end.tower.embedding={tower.embedding} has no meaning here; leave it at 0.")
+        for whole, part in (("side", "patch"), ("width", "heads")):
+            a, b = getattr(tower, whole), getattr(tower, part)
+            require(
+                a % b == 0, f"front_end.tower.{whole}={a} is not a multiple of front_end.tower.{part}={b}. Change one of them."
+            )
         require(
             0 <= self.skipped < self.tower.depth,
             f"front_end.skipped={self.skipped} must be from 0 to {self.tower.depth - 1}: front_end.tower.depth is "

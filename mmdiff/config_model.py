@@ -21,6 +21,8 @@ DENSE_LIMIT = 1024 * 1024  # queries times keys up to which model.attention="aut
 
 # fields of Model that mean something to a rival of the transformer; the others must keep their defaults
 AUTOENCODERS = ("conv_autoencoder", "vit_autoencoder")
+SEMANTIC = ("lavit", "seed")
+TOKENIZERS = (*AUTOENCODERS, *SEMANTIC)
 RAW_ONLY = ("bottleneck", "overlap", "patch_head", "zero_head", "time", "time_embedding")  # fields about raw patches
 HEEDED = ("network", "width", "depth", "patch", "head_width", "attention", "compute", "remat")
 
@@ -29,9 +31,12 @@ HEEDED = ("network", "width", "depth", "patch", "head_width", "attention", "comp
 class Model:
     """The network. Two GAU layers cost about one attention + SwiGLU layer."""
 
-    network: Literal["transfusion", "unet", "uvit", "dit", "conv_autoencoder", "vit_autoencoder"] = "transfusion"
-    """The others are for images alone (they need layout.markers=False): rivals, in mmdiff/models/, and the autoencoders of
-    discrete tokenizers, in mmdiff/tokenizers/."""
+    network: Literal["transfusion", "unet", "uvit", "dit", "conv_autoencoder", "vit_autoencoder", "lavit", "seed"] = (
+        "transfusion"
+    )
+    """The others are for images alone (they need layout.markers=False): rivals, in mmdiff/models/, and discrete tokenizers, in
+    mmdiff/tokenizers/: autoencoders, and two that code what a frozen encoder says of an image, `lavit` and `seed`; of these,
+    width, depth, patch and head_width are those of the decoder to pixels."""
     width: int = 256
     depth: int = 8
     patch: int = 4
@@ -108,7 +113,7 @@ class Model:
             not self.step_input or self.time_embedding == "smooth",
             "model.step_input=True needs model.time_embedding='smooth': steps are learnt by differentiating in time.",
         )
-        if self.lossless and self.network not in ("unet", *AUTOENCODERS):
+        if self.lossless and self.network not in ("unet", *TOKENIZERS):
             require(
                 not 0 < self.bottleneck < values,
                 f"model.bottleneck={self.bottleneck} cannot hold a {self.patch}x{self.patch} patch losslessly: it needs "

@@ -15,9 +15,35 @@ HEEDED = {  # fields that mean something to one quantizer or the other; elsewher
 Name = Literal["vq", "simvq", "fsq", "lfq", "none"]
 
 
+SEMANTIC_ONLY = ("encoder", "tower", "depth", "deterministic", "stage")  # fields about tokenizers with a frozen encoder
+AUTOENCODER_ONLY = ("error", "adversarial", "adversarial_start", "perceptual", "perceptual_weights")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tower:
+    """Sizes of a frozen vision encoder (mmdiff/pretrained/encoder.py), as its config.json has them."""
+
+    side: int = 0
+    """Of the images that it takes, in pixels; others are resized. 0: no encoder has been read yet."""
+    patch: int = 0
+    width: int = 0
+    hidden: int = 0
+    depth: int = 0
+    heads: int = 0
+    embedding: int = 0
+    """Width of the vector of a whole image."""
+    activation: str = "quick_gelu"
+    epsilon: float = 1e-5
+
+    @property
+    def count(self) -> int:
+        """Features of an image: one for each patch."""
+        return (self.side // self.patch) ** 2
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """What stands between the halves of an autoencoder (model.network="conv_autoencoder" or "vit_autoencoder"), and its loss
+    """What stands between the halves of a tokenizer (model.network in AUTOENCODERS or SEMANTIC), and its loss
     (mmdiff/tokenizers/)."""
 
     quantizer: Name = "vq"
@@ -29,7 +55,21 @@ class Tokenizer:
     levels: tuple[int, ...] = (8, 5, 5, 5)
     """fsq: values of each number of a code."""
     latents: int = 0
-    """vit_autoencoder: this many codes for the image as a whole; 0: one for each patch."""
+    """vit_autoencoder, seed: this many codes for the image as a whole; 0: one for each patch."""
+    encoder: str = ""
+    """lavit, seed: folder of the frozen encoder, in the form of CLIP (mmdiff/pretrained/clip.py). Its vision half is copied
+    into the tokenizer, which needs the folder no more."""
+    tower: Tower = Tower()
+    """lavit, seed: sizes of that encoder; left out, training reads them from the folder."""
+    depth: int = 2
+    """lavit: layers of the merger, and of the decoder to features. seed: of the Q-Former, of the blocks that reconstruct its
+    output, and of those that predict the embedding of the image."""
+    deterministic: bool = False
+    """lavit: in use, keep a patch if that is likelier than not. False: as published, whether it is kept is drawn at random
+    (from the image's own pixels and a key, so that an image's codes are always the same)."""
+    stage: Literal[1, 2] = 2
+    """seed: 1 trains the Q-Former on images with texts; 2 freezes it (training.init names the run of stage 1) and trains the
+    codes."""
     update: Literal["ema", "loss"] = "ema"
     """vq: how the codebook learns."""
     normalise: bool = True
@@ -63,7 +103,7 @@ class Tokenizer:
                 f"tokenizer.{field.name}={value!r} has no meaning with tokenizer.quantizer={self.quantizer!r}; leave it at its "
                 f"default, {field.default!r}, or change tokenizer.quantizer.",
             )
-        for name in ("codes", "code_width"):
+        for name in ("codes", "code_width", "depth"):
             value = getattr(self, name)
             require(value >= 1, f"tokenizer.{name}={value} must be at least 1.")
         require(self.latents >= 0, f"tokenizer.latents={self.latents} must not be negative (0: one code for each patch).")

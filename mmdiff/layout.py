@@ -119,8 +119,13 @@ def unpatchify(patches: np.ndarray, grid_rows: int, grid_cols: int) -> np.ndarra
 
 
 def image_grid(height: int, width: int, patch: int, tokenizer=None) -> tuple[int, int]:
-    """Rows and columns of an image's patches, or of its codes."""
+    """Rows and columns of an image's patches, or of its codes; of a dynamic tokenizer those of the most codes."""
     return (height // patch, width // patch) if tokenizer is None else tokenizer.grid
+
+
+def code_grid(tokenizer, ids: np.ndarray) -> tuple[int, int]:
+    """Rows and columns in which the codes of one image stand: of a dynamic tokenizer one row of as many as there are."""
+    return (1, len(ids)) if tokenizer.dynamic else tokenizer.grid
 
 
 def text_pieces(document: Document, vocabulary, patch: int, tokenizer=None) -> list[Piece]:
@@ -135,8 +140,11 @@ def text_pieces(document: Document, vocabulary, patch: int, tokenizer=None) -> l
             pieces.append(TextPiece(np.asarray(vocabulary.encode(segment.text), np.int32), segment.learn))
         elif isinstance(segment, Image):
             config.check_image_size(segment.height, segment.width, patch, "image")
-            grid = image_grid(segment.height, segment.width, patch, tokenizer)
-            patches = patchify(segment.pixels, patch) if tokenizer is None else tokenizer.encode([segment.pixels])[0]
+            if tokenizer is None:
+                grid, patches = image_grid(segment.height, segment.width, patch), patchify(segment.pixels, patch)
+            else:
+                patches = tokenizer.encode([segment.pixels])[0]
+                grid = code_grid(tokenizer, patches)
             pieces.append(ImagePiece(patches, *grid, segment.learn))
         else:
             raise DataError(f"{segment!r} marks a prompt; it cannot stand in a document to learn from.")

@@ -30,10 +30,16 @@ def drift(tokenizer, real: list[np.ndarray], rounds: int) -> dict[str, list[floa
     psnr, flips = [], []
     for _ in range(rounds):
         ids = tokenizer.encode(images) if tokenizer.codes else None
-        flips.append(0.0 if before is None or ids is None else float((ids != before).mean()))
+        flips.append(0.0 if before is None or ids is None else flipped(before, ids))
         images, before = list(tokenizer.reconstruct(images)), ids
         psnr.append(float(np.mean([peak_ratio(r, m) for r, m in zip(real, images, strict=True)])))
     return {"psnr": psnr, "flips": flips}
+
+
+def flipped(before, ids) -> float:
+    """Share of codes that are others than before; where their number changed, what is left over counts as changed."""
+    wrong = [len(new) - (old[: len(new)] == new[: len(old)]).sum() for old, new in zip(before, ids, strict=True)]
+    return float(np.sum(wrong) / sum(map(len, ids)))
 
 
 def table(found: dict[str, dict[str, dict]], rounds: int) -> str:

@@ -75,10 +75,10 @@ def by_tokenizer(tokenizer, real: list[np.ndarray], prior) -> dict:
     row = fidelity(real, list(tokenizer.reconstruct(real)))
     if not tokenizer.codes:
         return row
-    ids = tokenizer.encode(real)
+    codes = np.concatenate(tokenizer.encode(real))
     row["nominal"] = tokenizer.bits
-    row["entropy"] = float(codebook.entropy_bits(codebook.counts(jnp.asarray(ids), tokenizer.codes))) * ids.shape[1]
-    row["used"] = float((np.bincount(ids.reshape(-1), minlength=tokenizer.codes) > 0).mean())
+    row["entropy"] = float(codebook.entropy_bits(codebook.counts(jnp.asarray(codes), tokenizer.codes))) * len(codes) / len(real)
+    row["used"] = float((np.bincount(codes, minlength=tokenizer.codes) > 0).mean())
     if prior is not None:
         row["prior"] = float(
             np.mean([told["image_code_bits"] for told in prior.score([Document(Image(image)) for image in real])])

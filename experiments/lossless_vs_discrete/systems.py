@@ -2,6 +2,9 @@
 
     mmdiff train experiments/lossless_vs_discrete/tokenizers.py:vq --workdir runs/tokenizers/vq
     mmdiff train experiments/lossless_vs_discrete/systems.py:vq_ar --workdir runs/systems/vq_ar
+    python experiments/stand_ins/two_tower.py --side 32 --patch 4 --out runs/stand_ins/two_tower_32
+    python experiments/stand_ins/qformer.py --encoder runs/stand_ins/two_tower_32 --out runs/stand_ins/qformer
+    mmdiff train experiments/lossless_vs_discrete/systems.py:llava --workdir runs/systems/llava
 
     raw       raw patches, denoised: this project's own path
     read      raw patches that are only read                           Fuyu
@@ -9,11 +12,11 @@
     fsq_ar    the same with FSQ codes
     masked    VQ codes, masked prediction and parallel drawing         MaskGIT, Show-o
 
-    Features of a frozen vision tower, which experiments/stand_ins/two_tower.py trains (--side 32 --patch 4):
+    Features of a frozen vision tower:
 
     llava     each patch through two layers                            LLaVA 1.5
     flamingo  resampled to 8 vectors, read in gated layers             Flamingo
-    blip2     8 queries of a Q-Former                                  BLIP-2 (experiments/stand_ins/qformer.py first)
+    blip2     8 queries of a Q-Former                                  BLIP-2 trained before (qformer.py)
     emu       8 vectors, predicted one after another, then pixels      Emu
 
     pixels    pixels one after another, of images alone: how many bits these hold at most (rate.py)        PixelCNN++
@@ -27,9 +30,9 @@ import dataclasses
 from mmdiff.config import Config, Data, FrontEnd, Layout, Model, Optimizer, Sampling, Tower, Training
 from mmdiff.config_front_end import Kind
 
-TOKENIZERS, TOWER = "runs/tokenizers", "runs/stand_ins/two_tower"
+TOKENIZERS, TOWER = "runs/tokenizers", "runs/stand_ins/two_tower_32"
 QFORMER = "runs/stand_ins/qformer"
-SIZES = Tower(side=32, patch=4, width=192, inner=384, depth=4, heads=6, activation="gelu")
+SIZES = Tower(side=32, patch=4, width=192, hidden=384, depth=4, heads=6, activation="gelu")
 MIX = (("draw", 0.4), ("caption", 0.3), ("question", 0.3))
 
 

@@ -1,7 +1,7 @@
 """A small Q-Former, trained by itself on generated scenes behind a frozen tower, with BLIP-2's three losses.
 
-    python experiments/stand_ins/two_tower.py --out runs/stand_ins/two_tower --side 32 --patch 4
-    python experiments/stand_ins/qformer.py --encoder runs/stand_ins/two_tower --out runs/stand_ins/qformer
+    python experiments/stand_ins/two_tower.py --side 32 --patch 4 --out runs/stand_ins/two_tower_32
+    python experiments/stand_ins/qformer.py --encoder runs/stand_ins/two_tower_32 --out runs/stand_ins/qformer
 
 A model starts from FOLDER with front_end.kind="qformer" and front_end.init=FOLDER. Losses and their source:
 mmdiff/adapters/qformer_losses.py. The tower's features are computed once. Held out: scenes that training never shows.
@@ -73,7 +73,7 @@ def trained(features: np.ndarray, texts: np.ndarray, steps: int, seed: int) -> P
 def measured(model: Pretraining, features: np.ndarray, texts: np.ndarray) -> dict[str, float]:
     """Share of images whose nearest text, of all, is a caption of theirs; of pairs whose match is told rightly, half of them
     with the texts of others; nats per byte of the captions."""
-    s = np.asarray(model.similarity(model.image_vectors(features), model.text_vectors(texts)))
+    s = np.asarray(model.similarity(*model.vectors(features, texts)))
     found = (texts[s.argmax(-1)] == texts).all(-1).mean()
     other = np.roll(texts, 1, axis=0)
     differs = (other != texts).any(-1)
@@ -97,7 +97,14 @@ def main() -> int:
     except (config.ConfigError, ValueError) as error:
         parser.error(str(error))
     model = trained(features, texts, arguments.steps, arguments.seed)
-    sizes = {"tokens": TOKENS, "width": WIDTH, "depth": DEPTH, "heads": HEADS, "features": features.shape[-1], "skipped": SKIPPED}
+    sizes = {
+        "tokens": TOKENS,
+        "width": WIDTH,
+        "depth": DEPTH,
+        "heads": HEADS,
+        "features": features.shape[-1],
+        "skipped": SKIPPED,
+    }
     save_module(model, arguments.out, sizes)
     images, texts = scenes(TESTED, "test", arguments.side)
     found = measured(model, features_of(arguments.encoder, images, SKIPPED), texts)

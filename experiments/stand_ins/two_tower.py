@@ -1,6 +1,7 @@
 """A small encoder of images and texts, trained on generated scenes: what stands in for CLIP where nobody has brought it.
 
-    python experiments/stand_ins/two_tower.py --out runs/stand_ins/two_tower [--side 32 --patch 4]
+    python experiments/stand_ins/two_tower.py --out runs/stand_ins/two_tower                  64 x 64 pixels, patches of 8
+    python experiments/stand_ins/two_tower.py --side 32 --patch 4 --out runs/stand_ins/two_tower_32
 
 It learns which caption belongs to which scene of its batch; equal captions count as one. FOLDER is read by
 `mmdiff.pretrained.clip.load_clip` like the real one, its words are bytes. What it knows is coloured forms on dark ground:
@@ -15,6 +16,7 @@ import argparse
 import functools
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +32,17 @@ from mmdiff.pretrained.load import save_module
 END, LONGEST, SIDE, PATCH = 256, 96, 64, 8
 TEXT = {"vocab_size": 257, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 6}
-CONFIG = {
-    "text_config": TEXT | {"max_position_embeddings": LONGEST, "eos_token_id": END, "hidden_act": "gelu"},
-    "vision_config": VISION | {"image_size": SIDE, "patch_size": PATCH, "hidden_act": "gelu"},
-    "projection_dim": 64,
-    "words": "bytes",
-}
 STEPS, BATCH, LEARNING_RATE, EXAMPLES, TESTED = 600, 64, 1e-3, 10_000, 256
+
+
+def settings(side: int = SIDE, patch: int = PATCH) -> dict[str, Any]:
+    """config.json, for images of `side` pixels cut into patches of `patch`."""
+    return {
+        "text_config": TEXT | {"max_position_embeddings": LONGEST, "eos_token_id": END, "hidden_act": "gelu"},
+        "vision_config": VISION | {"image_size": side, "patch_size": patch, "hidden_act": "gelu"},
+        "projection_dim": 64,
+        "words": "bytes",
+    }
 
 
 def as_bytes(text: str) -> np.ndarray:
@@ -47,11 +53,6 @@ def as_bytes(text: str) -> np.ndarray:
     return found
 
 
-def sized(side: int, patch: int) -> dict:
-    """The sizes of both towers, for images of `side` pixels in patches of `patch`."""
-    return CONFIG | {"vision_config": CONFIG["vision_config"] | {"image_size": side, "patch_size": patch}}
-
-
 def scenes(count: int, split: str, side: int = SIDE) -> tuple[np.ndarray, np.ndarray]:
     """uint8 [n, side, side, 3] and int32 [n, LONGEST]."""
     source = Shapes(0, count, side, mix=(("draw", 1.0),), max_objects=2, split=split)
@@ -59,7 +60,7 @@ def scenes(count: int, split: str, side: int = SIDE) -> tuple[np.ndarray, np.nda
     return np.stack([d.images[0].pixels for d in documents]), np.stack([as_bytes(d.texts[0]) for d in documents])
 
 
-def fresh(rngs: nnx.Rngs, cfg: dict) -> CLIP:
+def fresh(cfg: dict[str, Any], rngs: nnx.Rngs) -> CLIP:
     model = CLIP(cfg, rngs)
     for module, width in ((model.text, TEXT["hidden_size"]), (model.vision, VISION["hidden_size"])):
         for name in ("embedding", "place", "first"):
@@ -78,8 +79,8 @@ def loss_of(model: CLIP, images: jax.Array, texts: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy(jnp.stack([logits, logits.T]), target).mean()
 
 
-def trained(images: np.ndarray, texts: np.ndarray, steps: int, seed: int, cfg: dict = CONFIG) -> CLIP:
-    model = fresh(nnx.Rngs(seed), cfg)
+def trained(images: np.ndarray, texts: np.ndarray, steps: int, seed: int, cfg: dict[str, Any] | None = None) -> CLIP:
+    model = fresh(cfg or settings(), nnx.Rngs(seed))
     graph, params = nnx.split(model)
     tx = optax.adamw(optax.cosine_onecycle_schedule(steps, LEARNING_RATE), weight_decay=0.05)
 
@@ -110,13 +111,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
-    side, patch = (CONFIG["vision_config"][name] for name in ("image_size", "patch_size"))
-    parser.add_argument("--side", type=int, default=side, help="of the images, in pixels (default: %(default)s)")
-    parser.add_argument("--patch", type=int, default=patch, help="of the vision tower, in pixels (default: %(default)s)")
+    parser.add_argument("--side", type=int, default=SIDE, metavar="PIXELS", help="of the images")
+    parser.add_argument("--patch", type=int, default=PATCH, metavar="PIXELS", help="each of which is one feature of an image")
     arguments = parser.parse_args()
-    if arguments.patch < 1 or arguments.side < 1 or arguments.side % arguments.patch:
-        parser.error(f"--side {arguments.side} is not a multiple of --patch {arguments.patch}.")
-    cfg = sized(arguments.side, arguments.patch)
+    if arguments.side % arguments.patch:
+        parser.error(f"--side {arguments.side} is no multiple of --patch {arguments.patch}.")
+    cfg = settings(arguments.side, arguments.patch)
     model = trained(*scenes(EXAMPLES, "train", arguments.side), arguments.steps, arguments.seed, cfg)
     save_module(model, arguments.out, cfg)
     images, texts = scenes(TESTED, "test", arguments.side)

@@ -5,9 +5,8 @@ from typing import Any
 from flax import nnx
 
 from mmdiff import config
-from mmdiff.adapters.qformer import QFormer
 from mmdiff.adapters.tower import TOWER, named, tower_parameters
-from mmdiff.parallel.sharding import NOWHERE
+from mmdiff.nn.qformer import QFormer
 from mmdiff.pretrained.load import Rule, load_module, read_config
 
 OWN = [Rule(r"former/(.*)", "{}")]
@@ -32,7 +31,7 @@ def front_end_parameters(front: config.FrontEnd, width: int) -> dict[str, Any]:
                 found.get(name) == wanted,
                 f"front_end.{field}={wanted}, and the Q-Former in {front.init} was trained with {found.get(name)}: set it to that.",
             )
-        make = lambda: QFormer(*(sizes[n] for n in ("features", "tokens", "width", "depth", "heads")), nnx.Rngs(0), NOWHERE)
+        make = lambda: QFormer(*(sizes[n] for n in ("width", "features", "depth", "heads", "tokens")), nnx.Rngs(0))
         former = load_module(make, front.init, OWN, ignored=TEXT)
         given["image"] = {"adapter": {"former": named(nnx.to_pure_dict(nnx.state(former, nnx.Param)))}}
     return given

@@ -9,7 +9,8 @@
     loss       = contrast + match + caption
 
 Captions that say the same belong together (generated scenes repeat them). Images' features are those of a frozen tower. Texts
-are bytes.
+are bytes. (SEED's tokenizer trains the same network with queries in order, of which the last one is compared:
+mmdiff/tokenizers/seed.py.)
 
 Letters: n images, each with a text, s positions of the tower, f its width, k queries, t positions of a text, w width, v words.
 Source: Li et al., BLIP-2, arXiv 2301.12597, section 3.2.
@@ -23,10 +24,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from mmdiff.adapters.layers import Norm, linear
-from mmdiff.adapters.qformer import Behind, QFormer
-from mmdiff.nn.layers import parameter
-from mmdiff.parallel.sharding import NOWHERE
+from mmdiff.nn.qformer import MLP, QFormer, Reading, reading
+from mmdiff.pretrained.clip import unit
 
 CLS, DEC, END, PAD, WORDS = 256, 257, 258, 259, 260
 SMOOTHING, TEMPERATURE = 0.1, 0.07
@@ -54,27 +53,23 @@ class Pretraining(nnx.Module):
 
     def __init__(self, inputs: int, tokens: int, width: int, depth: int, heads: int, length: int, rngs: nnx.Rngs):
         """`length`: of the texts."""
-        self.former = QFormer(inputs, tokens, width, depth, heads, rngs, NOWHERE)
-        random = lambda *shape: parameter(jax.random.normal(rngs.params(), shape) * 0.02, (None,) * len(shape))
+        self.former = QFormer(width, inputs, depth, heads, tokens, rngs)
+        random = lambda *shape: nnx.Param(jax.random.normal(rngs.params(), shape) * 0.02)
         self.words, self.place = random(WORDS, width), random(length, width)
-        self.norm_text = Norm(width, rngs)
-        self.behind = nnx.List([Behind(width, rngs, NOWHERE) for _ in range(depth)])
-        self.image_out, self.text_out = (linear(width, width, rngs, NOWHERE) for _ in range(2))
-        self.match_out, self.word_out = linear(width, 2, rngs, NOWHERE), linear(width, WORDS, rngs, NOWHERE)
-        self.log_temperature = parameter(jnp.log(jnp.asarray(TEMPERATURE)), ())
+        self.mlps = nnx.List([MLP(width, rngs) for _ in range(depth)])
+        layer = lambda out: nnx.Linear(width, out, rngs=rngs)
+        self.image_out, self.text_out, self.match_out, self.word_out = map(layer, (width, width, 2, WORDS))
+        self.log_temperature = nnx.Param(jnp.log(jnp.asarray(TEMPERATURE)))
 
-    def embed(self, ids: jax.Array) -> jax.Array:
-        """int [n, t] to [n, t, w]."""
-        return self.norm_text(self.words[...][ids] + self.place[: ids.shape[1]])
+    def read(self, features: jax.Array, ids: jax.Array, kind: Reading) -> tuple[jax.Array, jax.Array]:
+        """Final states of the queries [n, k, w] and of the texts [n, t, w]; `kind` as of `reading`."""
+        mask = reading(self.former.queries.shape[0], ids != PAD, kind, causal=False)
+        return self.former(features, mask, self.words[...][ids] + self.place[: ids.shape[1]], self.mlps)
 
-    def image_vectors(self, features: jax.Array) -> jax.Array:
-        """[n, s, f] to unit vectors [n, k, w]; no text is near."""
-        return unit(self.image_out(self.former(features)[0]))
-
-    def text_vectors(self, ids: jax.Array) -> jax.Array:
-        """int [n, t] to unit vectors [n, w]; no image is near."""
-        real = (ids != PAD)[:, None, None, :]
-        return unit(self.text_out(self.former(None, self.embed(ids), real, self.behind)[1][:, 0]))
+    def vectors(self, features: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Unit vectors of images [n, k, w] and texts [n, w], which do not see each other."""
+        queries, text = self.read(features, ids, "apart")
+        return unit(self.image_out(queries)), unit(self.text_out(text[:, 0]))
 
     def similarity(self, images: jax.Array, texts: jax.Array) -> jax.Array:
         """Vectors [n, k, w] and [m, w] to s [n, m]."""
@@ -83,30 +78,19 @@ class Pretraining(nnx.Module):
 
     def match_logits(self, features: jax.Array, ids: jax.Array) -> jax.Array:
         """float [n, 2] of pairs: class 1 belongs together."""
-        count, everybody = self.former.queries.shape[0], ids != PAD
-        real = jnp.concatenate([jnp.ones((len(ids), count), bool), everybody], axis=1)[:, None, None, :]
-        queries, _ = self.former(features, self.embed(ids), real, self.behind)
-        return self.match_out(queries).mean(1)
+        return self.match_out(self.read(features, ids, "together")[0]).mean(1)
 
     def caption_nats(self, features: jax.Array, ids: jax.Array) -> jax.Array:
         """-log p of each position's byte given those before it and the image, 0 at the first and at padding: [n, t]."""
-        count, length = self.former.queries.shape[0], ids.shape[1]
-        begun = jnp.where(ids == CLS, DEC, ids)
-        states = self.former(features, self.embed(begun), caption_mask(count, length), self.behind)[1]
+        states = self.read(features, jnp.where(ids == CLS, DEC, ids), "caption")[1]
         nats = optax.softmax_cross_entropy_with_integer_labels(self.word_out(states[:, :-1]), ids[:, 1:])
         return jnp.pad(jnp.where(ids[:, 1:] != PAD, nats, 0.0), ((0, 0), (1, 0)))
-
-
-def caption_mask(queries: int, length: int) -> np.ndarray:
-    """bool [1, 1, k + t, k + t]: queries read queries, a text reads queries and its past."""
-    index = np.arange(queries + length)
-    return ((index < queries) | ((index <= index[:, None]) & (index[:, None] >= queries)))[None, None]
 
 
 def losses(model: Pretraining, features: jax.Array, ids: jax.Array, key: jax.Array) -> Parts:
     """Of features [n, s, f] and the captions int [n, t] that belong to them."""
     same = (ids[:, None] == ids).all(-1)
-    s = model.similarity(model.image_vectors(features), model.text_vectors(ids))
+    s = model.similarity(*model.vectors(features, ids))
     target = same / same.sum(-1, keepdims=True)
     smooth = optax.smooth_labels(target, SMOOTHING)
     contrast = optax.softmax_cross_entropy(jnp.stack([s, s.T]), smooth).mean()
@@ -126,7 +110,3 @@ def hard_negatives(s: jax.Array, same: jax.Array, key: jax.Array) -> tuple[jax.A
     of_image, of_text = jax.random.split(key)
     drawn = lambda key, logits: jax.random.categorical(key, jnp.where(same, NEVER, logits), axis=-1)
     return drawn(of_text, s.T), drawn(of_image, s)
-
-
-def unit(x: jax.Array) -> jax.Array:
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))

@@ -18,6 +18,8 @@ from mmdiff.layout import patchify, unpatchify
 class Slices:
     """To and from slices uint8 [n, K, s p] of images of one size."""
 
+    dynamic = False  # always K of them
+
     def __init__(self, cfg: config.Config):
         size = cfg.fixed_size
         if size is None:

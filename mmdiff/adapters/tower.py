@@ -21,21 +21,23 @@ NAMES = {  # in a vision_config of the transformers package
     "side": "image_size",
     "patch": "patch_size",
     "width": "hidden_size",
-    "inner": "intermediate_size",
+    "hidden": "intermediate_size",
     "depth": "num_hidden_layers",
     "heads": "num_attention_heads",
     "activation": "hidden_act",
+    "epsilon": "layer_norm_eps",
 }
-EPSILONS = {"clip": 1e-5, "blip2": 1e-6}
+USUAL: dict[str, dict[str, Any]] = {  # where a config.json leaves it out
+    "clip": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    "blip2": {"hidden_act": "gelu", "layer_norm_eps": 1e-6},
+}
 
 
-def make_tower(tower: config.Tower, rngs: nnx.Rngs) -> VisionTower:
+def make_tower(front: config.FrontEnd, rngs: nnx.Rngs) -> VisionTower:
     """One with random weights."""
+    tower, clip = front.tower, front.names == "clip"
     sizes = {theirs: getattr(tower, ours) for ours, theirs in NAMES.items()}
-    clip = tower.kind == "clip"
-    return VisionTower(
-        sizes, tower.activation, EPSILONS[tower.kind], rngs, patch_bias=not clip, first_norm=clip
-    )
+    return VisionTower(sizes, tower.activation, tower.epsilon, rngs, patch_bias=not clip, first_norm=clip)
 
 
 def tower_parameters(front: config.FrontEnd) -> dict[str, Any]:
@@ -44,22 +46,15 @@ def tower_parameters(front: config.FrontEnd) -> dict[str, Any]:
     Raises:
       ConfigError: the folder's sizes are not those of front_end.tower. DataError: as of `load_module`.
     """
-    tower, found = front.tower, read_config(front.encoder)
-    found = found.get("vision_config", found)
-    usual = {"activation": "quick_gelu" if tower.kind == "clip" else "gelu"}
+    found = read_config(front.encoder)
+    found = USUAL[front.names] | found.get("vision_config", found)
     for ours, theirs in NAMES.items():
-        value, wanted = found.get(theirs, usual.get(ours)), getattr(tower, ours)
+        value, wanted = found.get(theirs), getattr(front.tower, ours)
         config.require(
             value == wanted,
             f"front_end.tower.{ours}={wanted!r}, and {front.encoder}/config.json says {theirs}={value!r}: set it to that.",
         )
-    epsilon = found.get("layer_norm_eps", EPSILONS[tower.kind])
-    config.require(
-        epsilon == EPSILONS[tower.kind],
-        f"{front.encoder}/config.json says layer_norm_eps={epsilon}: front_end.tower.kind={tower.kind!r} computes with "
-        f"{EPSILONS[tower.kind]}; take the other kind, or another tower.",
-    )
-    made = load_clip(front.encoder).vision if tower.kind == "clip" else load_blip2_vision(front.encoder)
+    made = load_clip(front.encoder).vision if front.names == "clip" else load_blip2_vision(front.encoder)
     return named(nnx.to_pure_dict(nnx.state(made, nnx.Param)))
 
 

@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = dataclasses.replace(model.cfg.data, path=arguments.data)
         source = open_source(dataclasses.replace(model.cfg, data=data), "validation")
     wanted = given(arguments, DRAWING)
-    tokenizer = model.cfg.model.network in config.AUTOENCODERS
+    tokenizer = model.cfg.model.network in config.TOKENIZERS
     if tokenizer and (wanted or arguments.ladder or arguments.weak):
         parser.error(f"{arguments.workdir} holds a tokenizer, which draws nothing: leave out sampling options and --ladder")
     try:

@@ -25,6 +25,7 @@ from mmdiff.layout import (
     Piece,
     Rows,
     TextPiece,
+    code_grid,
     drop_text,
     image_grid,
     laid_length,
@@ -170,11 +171,12 @@ class Batches:
         known = self._cache.get(index)
         if known is not None:
             return known
-        images, patch = iter(self.source[index].images), self.cfg.model.patch
+        if any(isinstance(piece, ImagePiece) and piece.patches is None for piece in self.outlines[index]):
+            images, patch = iter(self.source[index].images), self.cfg.model.patch
         pieces: list[Piece] = []
         size = 0
         for piece in self.outlines[index]:
-            if isinstance(piece, ImagePiece):
+            if isinstance(piece, ImagePiece) and piece.patches is None:
                 pixels = next(images).pixels
                 whole = self.tokenizer.size if self.tokenizer else (piece.grid_rows * patch, piece.grid_cols * patch)
                 if pixels.shape[:2] != whole:
@@ -191,7 +193,10 @@ class Batches:
         return pieces
 
     def _outline(self, index: int) -> list[Piece]:
-        patch = self.cfg.model.patch
+        """Its lengths; where they depend on pixels (a dynamic tokenizer), also its codes, so that no image is coded twice."""
+        patch, number = self.cfg.model.patch, 0
+        dynamic = self.tokenizer is not None and self.tokenizer.dynamic
+        images = self.source[index].images if dynamic else []
         pieces: list[Piece] = []
         for segment in self.source.outline(index):
             if isinstance(segment, Text):
@@ -206,12 +211,15 @@ class Batches:
                     (height, width) == size,
                     f"{where}: an image of {height}x{width}, and the {what} takes {size[0]}x{size[1]}: set data.image_size.",
                 )
-            grid = image_grid(height, width, patch, self.tokenizer)
+            ids = None
+            if dynamic:
+                ids, number = self.tokenizer.encode([images[number].pixels])[0], number + 1
+            grid = image_grid(height, width, patch, self.tokenizer) if ids is None else code_grid(self.tokenizer, ids)
             try:
                 self.vocabulary.rows(grid[0]), self.vocabulary.cols(grid[1])
             except config.ConfigError as error:
                 raise config.ConfigError(f"{where}: {error}") from error
-            pieces.append(ImagePiece(None, *grid, learn))
+            pieces.append(ImagePiece(ids, *grid, learn))
         return pieces
 
     def _flipped(self, piece: ImagePiece) -> ImagePiece:
@@ -222,7 +230,9 @@ class Batches:
         return piece._replace(patches=patchify(pixels[:, ::-1], pixels.shape[0] // piece.grid_rows))
 
     def _kept(self, pieces: Sequence[Piece]) -> list[Piece]:
-        if self.cfg.model.network in config.AUTOENCODERS:  # a tokenizer learns from all images, also from those given
+        if (
+            self.cfg.model.network in config.TOKENIZERS and not self.cfg.layout.markers
+        ):  # a tokenizer learns from all images, also from those given
             return [p._replace(learn=True) for p in pieces if isinstance(p, ImagePiece)]
         return list(pieces) if self.cfg.layout.markers else learnt_images(pieces)
 

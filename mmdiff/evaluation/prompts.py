@@ -22,7 +22,7 @@ def drawings(source, cfg: config.Config, count: int) -> list[Drawing]:
     With `data.order="both"` the text of a pair stands before its image; a model of images alone is told nothing, and of a
     tokenizer the first image is wanted, learnt or not.
     """
-    both, every = cfg.data.order == "both", cfg.model.network in config.AUTOENCODERS
+    both, every = cfg.data.order == "both", cfg.model.network in config.TOKENIZERS
     found: list[Drawing] = []
     for document in _documents(source):
         for place, segment in enumerate(document.segments):

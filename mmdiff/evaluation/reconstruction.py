@@ -47,11 +47,11 @@ def code_use(task: Task) -> dict[str, float]:
     if not tokenizer.codes:
         return {}
     ids = tokenizer.encode([drawing.image.pixels for drawing in task.wanted])
-    counts = codebook.counts(jnp.asarray(ids), tokenizer.codes)
+    counts = codebook.counts(jnp.asarray(np.concatenate(ids)), tokenizer.codes)
     bits = float(codebook.entropy_bits(counts))
     return {
         "bits_nominal": tokenizer.bits,
         "codes_used": float(codebook.usage(counts)),
         "code_bits": bits,
-        "bits_per_image": bits * ids.shape[1],
+        "bits_per_image": bits * float(np.mean([len(row) for row in ids])),
     }

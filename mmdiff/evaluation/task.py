@@ -88,7 +88,7 @@ class Task:
     @property
     def reconstructs(self) -> bool:
         """Whether this is about a tokenizer (mmdiff/tokenizers/model.py), not a model of documents."""
-        return self.model.cfg.model.network in config.AUTOENCODERS
+        return self.model.cfg.model.network in config.TOKENIZERS
 
     def once(self, name: str, make: Callable[[], T]) -> T:
         """What `make` returned when it was first asked for under this name."""

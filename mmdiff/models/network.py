@@ -44,7 +44,7 @@ class Network:
     def of(cls, cfg: config.Config, vocabulary_size: int, mesh: Mesh | None = None) -> "Network":
         """The network of an experiment. Raises ConfigError for an image tokenizer, which is no network of documents."""
         config.require(
-            cfg.model.network not in config.AUTOENCODERS,
+            cfg.model.network not in config.TOKENIZERS,
             f"model.network={cfg.model.network!r} is an image tokenizer: use mmdiff train and mmdiff evaluate with it.",
         )
         grid = None

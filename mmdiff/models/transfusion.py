@@ -107,7 +107,7 @@ class Transfusion(nnx.Module):
         self.codes = images in ("next_code", "masked_code")
         self.fronted = front is not None
         if front is not None:
-            self.tower = make_tower(front[0].tower, rngs)
+            self.tower = make_tower(front[0], rngs)
             self.image = FrontEnd(cfg, *front, rngs, place, draws=images == "next_embedding")
         elif self.codes:
             self.image = Codes(cfg, rngs, place)

@@ -170,8 +170,9 @@ class Model:
         pieces: list[Piece] = []
         for segment in document.segments:
             asked = segment is IMG
-            slices = self.tokenizer if self.cfg.front_end.kind != "none" else None  # to make codes would take long
-            pieces += [ImagePiece(None, *grid)] if asked else text_pieces(Document(segment), self.vocabulary, patch, slices)
+            pieces += (
+                [ImagePiece(None, *grid)] if asked else text_pieces(Document(segment), self.vocabulary, patch, self.tokenizer)
+            )
         images = [p for p in pieces if isinstance(p, ImagePiece)]
         last = [p.patches is None and p is pieces[-1] for p in images]  # nothing reads it clean: only its noised block
         plans = [ImagePlan(clean=not it, noised=int(it)) for it in last]
@@ -183,13 +184,14 @@ class Model:
             )
 
     def _code_size(self, options: Options) -> Options:
-        """With the one image size that the tokenizer knows."""
+        """With the one image size that the tokenizer knows; the model chooses how many codes an image of it has, if the
+        tokenizer leaves that open."""
         size = self.tokenizer.size
         config.require(
             options.image_size in (None, size),
             f"image_size={options.image_size}: this model knows images of {size[0]}x{size[1]} alone; leave it out.",
         )
-        return dataclasses.replace(options, image_size=size)
+        return dataclasses.replace(options, image_size=None if self.tokenizer.dynamic else size)
 
     def _generate(self, documents, options: Options, known) -> list[Document]:
         if options.image_size is not None:
@@ -248,7 +250,7 @@ def load(workdir: str | Path, *, ema: bool = True, step: int | None = None, weak
 
     workdir = Path(workdir)
     cfg = run_config(workdir)
-    if cfg.model.network in config.AUTOENCODERS:
+    if cfg.model.network in config.TOKENIZERS:
         raise DataError(f"{workdir} holds an image tokenizer, which draws and reads nothing; see mmdiff.load_tokenizer.")
     vocabulary, tokenizer = Vocabulary.load(workdir / "vocabulary.model", cfg.layout.max_grid), None
     if cfg.layout.codes:

@@ -42,6 +42,7 @@ from mmdiff.sampling.image import Canvas, Drawing, Guidance, Known, Weak
 if TYPE_CHECKING:
     from mmdiff.sampling.generate import Model
 
+LENGTH_BUCKET = 16  # of codes, where the model chooses how many: few shapes, few programs
 T = TypeVar("T")
 
 
@@ -198,7 +199,7 @@ class Session:
         slots = round_up(max(d.read for d in self.drafts) + longest, SLOT_BUCKET)
         as_ints = lambda values: jnp.asarray(list(values), jnp.int32)
         size = options.image_size
-        grid = image_grid(*size, model.cfg.model.patch, model.tokenizer) if size else (0, 0)
+        grid = image_grid(*size, model.cfg.model.patch, model.tokenizer) if size else (int(self._dynamic), 0)
         state = text.Writing(
             logits=self.logits,
             place=jnp.asarray([d.place for d in self.drafts], jnp.float32),
@@ -274,8 +275,9 @@ class Session:
             slots = max(capacity(c) for c in caches)
             caches = [grow(c, slots) for c in caches]
         count = np.asarray([p.patch_count for p in open_images], np.int32)
-        position = np.zeros((len(starts), len(drafts), count.max(), 2), np.float32)
-        cell = np.zeros((len(drafts), count.max(), 4), np.int32)
+        columns = round_up(int(count.max()), LENGTH_BUCKET) if self._dynamic else int(count.max())
+        position = np.zeros((len(starts), len(drafts), columns, 2), np.float32)
+        cell = np.zeros((len(drafts), columns, 4), np.int32)
         for b, piece in enumerate(open_images):
             grid = piece.grid_rows, piece.grid_cols
             cell[b, : piece.patch_count] = patch_cells(*grid)
@@ -328,8 +330,14 @@ class Session:
         return Known(pixels, patchify(wide, patch)[None])
 
     def _largest_image(self) -> int:
-        """Patches of the largest image the model may choose: what fits a training row."""
-        return max(1, self.model.cfg.layout.row_length)
+        """Patches of the largest image the model may choose: what fits a training row, and a dynamic tokenizer can decode."""
+        most = self.model.tokenizer.grid[1] if self._dynamic else self.model.cfg.layout.row_length
+        return max(1, min(most, self.model.cfg.layout.row_length))
+
+    @property
+    def _dynamic(self) -> bool:
+        """Whether the model chooses how many codes an image has, which then stand in one row."""
+        return self.model.tokenizer is not None and self.model.tokenizer.dynamic
 
     def _reserve(self, slots: int) -> None:
         self.cache = grow(self.cache, slots)

@@ -1,7 +1,7 @@
 """The public face of a trained tokenizer: images to codes and back.
 
 tokenizer = mmdiff.load_tokenizer("runs/tokenizer")
-ids = tokenizer.encode(images)              int32 [n, l]
+ids = tokenizer.encode(images)              int32 [n, l], or of a dynamic tokenizer a list of n arrays int32 [k]
 tokenizer.decode(ids)                       uint8 [n, h, w, 3]
 """
 
@@ -38,17 +38,16 @@ class Tokenizer:
         scaled = lambda images: images.astype(jnp.float32) / 127.5 - 1
         levels = lambda x: jnp.clip(jnp.rint((x + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
-        def encode(params, images):
-            model = bind(params)
-            return model.quantise(model.encode(scaled(images))).ids
+        def encode(params, key, images):
+            seen = bind(params).seen(scaled(images), key)
+            return seen.ids, seen.lengths
 
-        def decode(params, ids):
-            model = bind(params)
-            return levels(model.decode(model.codes(ids)))
+        def decode(params, key, ids):
+            lengths = (ids >= 0).sum(-1)
+            return levels(bind(params).drawn(jnp.maximum(ids, 0), lengths))
 
-        def reconstruct(params, images):
-            model = bind(params)
-            return levels(model.decode(model.quantise(model.encode(scaled(images))).codes))
+        def reconstruct(params, key, images):
+            return levels(bind(params).seen(scaled(images), key).made)
 
         self._encode, self._decode, self._reconstruct = map(jax.jit, (encode, decode, reconstruct))
 
@@ -93,8 +92,14 @@ class Tokenizer:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns in which the codes of an image stand: those of its patches, or one row of latents."""
-        return (1, self.network.length) if self.network.tokenizer.latents else self.network.grid
+        """Rows and columns in which the codes of an image stand: those of its patches, or one row; of a dynamic tokenizer,
+        that of the most codes."""
+        return self.network.code_grid
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether images have different numbers of codes, which then stand in one row."""
+        return self.network.dynamic
 
     @property
     def codes(self) -> int:
@@ -103,30 +108,41 @@ class Tokenizer:
 
     @property
     def bits(self) -> float:
-        """Nominal bits of an image."""
+        """Nominal bits of an image; of a dynamic tokenizer, of one with the most codes."""
         return self.network.bits
 
-    def encode(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Ids int32 [n, l] of images uint8 [h, w, 3].
+    def encode(self, images: Sequence[np.ndarray], *, seed: int | None = None) -> Any:
+        """Ids of images uint8 [h, w, 3]: int32 [n, l], or of a dynamic tokenizer a list of n arrays int32 [k].
 
+        Args:
+          seed: another one, other draws, with a tokenizer that draws at random what it keeps of an image (lavit, if it is not
+            deterministic). Without it an image always has the same codes.
         Raises:
-          DataError: an image of another size. ConfigError: a continuous tokenizer has no ids.
+          DataError: an image of another size. ConfigError: a continuous tokenizer has no ids; nothing is drawn at random.
         """
         config.require(self.codes > 0, "tokenizer.quantizer='none' has no ids; use reconstruct, or another quantizer.")
-        return self._grouped(self._encode, self._checked(images))
+        random = self.dynamic and not self.cfg.tokenizer.deterministic
+        config.require(seed is None or random, f"seed={seed}: this tokenizer draws nothing at random; leave it out.")
+        ids, lengths = self._grouped(self._encode, self._checked(images), seed or 0)
+        return ids if not self.dynamic else [row[:length] for row, length in zip(ids, lengths, strict=True)]
 
-    def decode(self, ids: np.ndarray) -> np.ndarray:
-        """Images uint8 [n, h, w, 3] of ids int [n, l].
+    def decode(self, ids: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
+        """Images uint8 [n, h, w, 3] of ids int [n, l]; of a dynamic tokenizer also of n arrays [k] of any lengths.
 
         Raises:
-          DataError: ids of another length, or that do not exist.
+          DataError: ids of a length that an image cannot have, or that do not exist.
         """
-        ids = np.asarray(ids)
-        if ids.ndim != 2 or ids.shape[1] != self.network.length or (ids.size and not 0 <= ids.min() <= ids.max() < self.codes):
-            raise DataError(
-                f"ids {ids.shape}: this tokenizer decodes int [n, {self.network.length}] from 0 to {self.codes - 1}."
-            )
-        return self._grouped(self._decode, ids.astype(np.int32))
+        rows, most = [np.asarray(row) for row in ids], self.network.length
+        lengths = {len(row) if row.ndim == 1 else -1 for row in rows}
+        fit = all(1 <= length <= most if self.dynamic else length == most for length in lengths)
+        if not fit or any(not 0 <= row.min() <= row.max() < self.codes for row in rows if row.size):
+            told = f"1 to {most}" if self.dynamic else f"{most}"
+            found = f"{np.shape(ids)}" if fit else f"of lengths {sorted(lengths)}"
+            raise DataError(f"ids {found}: this tokenizer decodes {told} for each image, from 0 to {self.codes - 1}.")
+        filled = np.full((len(rows), most), -1, np.int32)
+        for row, given in zip(filled, rows, strict=True):
+            row[: len(given)] = given
+        return self._grouped(self._decode, filled)
 
     def reconstruct(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """What the codes keep of images: uint8 [n, h, w, 3].
@@ -144,19 +160,20 @@ class Tokenizer:
                 )
         return np.stack(list(images)) if len(images) else np.zeros((0, *self.size, 3), np.uint8)
 
-    def _grouped(self, run, values: np.ndarray) -> np.ndarray:
+    def _grouped(self, run, values: np.ndarray, seed: int = 0) -> Any:
+        key = jax.random.key(seed)
         if not len(values):
-            like = jax.eval_shape(run, self.params, jax.ShapeDtypeStruct((1, *values.shape[1:]), values.dtype))
-            return np.zeros((0, *like.shape[1:]), like.dtype)
+            like = jax.eval_shape(run, self.params, key, jax.ShapeDtypeStruct((1, *values.shape[1:]), values.dtype))
+            return jax.tree.map(lambda a: np.zeros((0, *a.shape[1:]), a.dtype), like)
         size = min(GROUP, 1 << (len(values) - 1).bit_length())  # few shapes, few programs
         filled = np.concatenate([values, np.repeat(values[:1], -len(values) % size, axis=0)])
-        made = [np.asarray(run(self.params, filled[i : i + size])) for i in range(0, len(filled), size)]
-        return np.concatenate(made)[: len(values)]
+        made = [run(self.params, key, filled[i : i + size]) for i in range(0, len(filled), size)]
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(values)], *made)
 
 
 def holds_tokenizer(workdir: str | Path) -> bool:
     """Whether this is the folder of a tokenizer's run."""
-    return (Path(workdir) / "config.json").is_file() and run_config(workdir).model.network in config.AUTOENCODERS
+    return (Path(workdir) / "config.json").is_file() and run_config(workdir).model.network in config.TOKENIZERS
 
 
 def load_tokenizer(workdir: str | Path, *, step: int | None = None) -> Tokenizer:
@@ -169,6 +186,8 @@ def load_tokenizer(workdir: str | Path, *, step: int | None = None) -> Tokenizer
 
     workdir = Path(workdir)
     cfg = run_config(workdir)
-    if cfg.model.network not in config.AUTOENCODERS:
+    if cfg.model.network not in config.TOKENIZERS:
         raise DataError(f"{workdir} holds a model of documents, no tokenizer (model.network={cfg.model.network!r}).")
+    if cfg.model.network == "seed" and cfg.tokenizer.stage == 1:
+        raise DataError(f"{workdir} holds the first stage of SEED, which has no codes yet: train the second on it.")
     return Tokenizer(cfg, restore_params(workdir / "checkpoints", step=step)[0])

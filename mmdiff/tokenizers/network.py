@@ -7,13 +7,16 @@ Parameters are a plain nested dict with the parts
     codebook              what it keeps besides: no gradient, no optimiser, no average ever touches it
     discriminator         with tokenizer.adversarial > 0
 
+of the autoencoders, and others of those with a frozen encoder (semantic.py). `TokenizerNetwork.of` makes either.
+
 Images are float32 [n, h, w, 3] in [-1, 1], all of one size; rows of images alone (layout.markers=False) hold them whole.
 Letters: n images, l codes of an image, c numbers of a code.
 """
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import einops
 import jax
@@ -32,6 +35,9 @@ from mmdiff.tokenizers.quantizers.lfq import LFQ
 from mmdiff.tokenizers.quantizers.none import Continuous
 from mmdiff.tokenizers.quantizers.simvq import SimVQ
 from mmdiff.tokenizers.quantizers.vq import VQ
+
+if TYPE_CHECKING:
+    from mmdiff.data.batches import Batches
 
 UNTRAINED = "codebook"
 
@@ -79,6 +85,23 @@ class Autoencoder(nnx.Module):
             self.discriminator = Discriminator(cfg, rngs, place)
 
 
+class Seen(NamedTuple):
+    """What a tokenizer makes of images; what is not used of it costs nothing inside jit."""
+
+    made: jax.Array
+    """float32 [n, h, w, 3]: what the codes keep of them."""
+    ids: jax.Array
+    """int32 [n, l]."""
+    lengths: jax.Array
+    """int32 [n]; how many of an image's ids, from the first on, are its codes."""
+    more: dict[str, jax.Array]
+    """Whatever else validation is to know of each image, [n]."""
+
+
+Objective = Callable[[Any, Rows, jax.Array, jax.Array], tuple[jax.Array, tuple[dict[str, jax.Array], Any]]]
+"""(parameters, rows, key, step) to the loss, what of it is logged, and the codebook after this batch."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Bound:
     """A tokenizer with its parameters, for use inside jit."""
@@ -104,6 +127,16 @@ class Bound:
         """[n, l, c] to images [n, h, w, 3]."""
         return self.module.decoder.pixels(self.module.decoder.features(codes))
 
+    def seen(self, images: jax.Array, key: jax.Array) -> Seen:
+        """Images [n, h, w, 3], coded and given back; `key`: of what is drawn at random in coding, of which there is nothing."""
+        quantised = self.quantise(self.encode(images))
+        lengths = jnp.full(len(images), quantised.ids.shape[1])
+        return Seen(self.decode(quantised.codes), quantised.ids, lengths, {})
+
+    def drawn(self, ids: jax.Array, lengths: jax.Array) -> jax.Array:
+        """Images [n, h, w, 3] of ids int32 [n, l], of which the first `lengths` [n] count: here all."""
+        return self.decode(self.codes(ids))
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerNetwork:
@@ -115,13 +148,23 @@ class TokenizerNetwork:
     """Rows and columns of patches of every image."""
     mesh: Mesh | None = None
     vocabulary_size = 0
+    frozen: ClassVar[tuple[str, ...]] = ()
+    """Parts that no training changes."""
+    dynamic: ClassVar[bool] = False
+    """Whether images have different numbers of codes."""
 
-    @classmethod
-    def of(cls, cfg: config.Config, mesh: Mesh | None = None) -> "TokenizerNetwork":
+    @staticmethod
+    def of(cfg: config.Config, mesh: Mesh | None = None, vocabulary_size: int = 0) -> "TokenizerNetwork":
+        """The network of an experiment; `vocabulary_size`: of one that also reads texts (tokenizer.stage=1)."""
         if cfg.fixed_size is None:
             raise config.ConfigError(f"model.network={cfg.model.network!r} needs images of one size: set data.image_size.")
         height, width = cfg.fixed_size
-        return cls(cfg.model, cfg.tokenizer, (height // cfg.model.patch, width // cfg.model.patch), mesh)
+        grid = height // cfg.model.patch, width // cfg.model.patch
+        if cfg.model.network in config.SEMANTIC:
+            from mmdiff.tokenizers.semantic import semantic_network
+
+            return semantic_network(cfg, grid, mesh, vocabulary_size)
+        return TokenizerNetwork(cfg.model, cfg.tokenizer, grid, mesh)
 
     @property
     def quantizer(self) -> Quantizer:
@@ -129,8 +172,13 @@ class TokenizerNetwork:
 
     @property
     def length(self) -> int:
-        """Codes of an image."""
+        """Codes of an image; of a dynamic tokenizer at most."""
         return self.tokenizer.latents or self.grid[0] * self.grid[1]
+
+    @property
+    def code_grid(self) -> tuple[int, int]:
+        """Rows and columns in which the codes of an image stand."""
+        return (1, self.length) if self.tokenizer.latents else self.grid
 
     @property
     def bits(self) -> float:
@@ -145,13 +193,35 @@ class TokenizerNetwork:
     def place(self) -> Placement:
         return Placement(self.mesh)
 
-    def _module(self, key=0) -> Autoencoder:
+    def _module(self, key=0) -> Any:
         return Autoencoder(self, nnx.Rngs(params=key))
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Fresh parameters."""
         params, codebook = self.quantizer.init(jax.random.fold_in(key, 1))
-        return nnx.to_pure_dict(nnx.state(self._module(key))) | {"quantizer": params, UNTRAINED: codebook}
+        return named(nnx.to_pure_dict(nnx.state(self._module(key)))) | {"quantizer": params, UNTRAINED: codebook}
+
+    def given(self) -> dict[str, Any]:
+        """Parameters that come from elsewhere, as arrays of the host: those of a frozen encoder."""
+        return {}
+
+    def inherited(self, params: dict[str, Any]) -> dict[str, Any]:
+        """What of another run's parameters (training.init) this network starts from."""
+        return params
+
+    def validate(
+        self, cfg: config.Config, params: Any, batches: "Batches", rows: int, between: Callable[[], None]
+    ) -> dict[str, float]:
+        """Numbers about the first `rows` held-out rows; `between` is called before each batch."""
+        from mmdiff.tokenizers.validate import validate
+
+        return validate(self, cfg, params, batches, rows, between)
+
+    def objective(self, cfg: config.Config) -> Objective:
+        """What training minimises."""
+        from mmdiff.tokenizers.training import objective
+
+        return objective(self, cfg)
 
     @functools.lru_cache  # noqa: B019  networks are few
     def axes(self) -> dict[str, Any]:
@@ -163,12 +233,15 @@ class TokenizerNetwork:
         """As of `Network.stored`."""
         return jax.tree.map(lambda leaf: self.place(leaf, *(None,) * leaf.ndim), params)
 
-    def bind(self, params: dict[str, Any]) -> Bound:
-        """The tokenizer with these parameters."""
-        modules = {name: part for name, part in params.items() if name not in ("quantizer", UNTRAINED)}
+    def bind(self, params: dict[str, Any]) -> Any:
+        """The tokenizer with these parameters: a `Bound`, or what offers the same `seen` and `drawn`."""
+        modules = {name: numbered(part) for name, part in params.items() if name not in ("quantizer", UNTRAINED)}
         module = nnx.merge(nnx.graphdef(nnx.eval_shape(self._module)), modules)
         empty: dict[str, Any] = {}  # a checkpoint keeps no empty parts
-        return Bound(module, self.quantizer, params.get("quantizer", empty), params.get(UNTRAINED, empty))
+        return self._bound(module, params.get("quantizer", empty), params.get(UNTRAINED, empty))
+
+    def _bound(self, module: Any, params: Any, codebook: Any) -> Any:
+        return Bound(module, self.quantizer, params, codebook)
 
     def images(self, rows: Rows) -> tuple[jax.Array, jax.Array]:
         """Images float32 [n, h, w, 3] of rows, and which of them are no padding, float32 [n]."""
@@ -179,3 +252,15 @@ class TokenizerNetwork:
         order = "b (n rows cols) (p q c) -> (b n) (rows p) (cols q) c"
         real = jnp.pad(jnp.asarray(rows.is_patch), ((0, 0), (0, missing)))[:, ::count].reshape(-1)
         return self.place(einops.rearrange(patches, order, **side), "rows", None, None, None), real.astype(jnp.float32)
+
+
+def named(tree: Any) -> Any:
+    """Nested dicts with words for the numbers that lists of modules have, as files keep them."""
+    return {str(name): named(part) for name, part in tree.items()} if isinstance(tree, dict) else tree
+
+
+def numbered(tree: Any) -> Any:
+    """The inverse of `named`."""
+    if not isinstance(tree, dict):
+        return tree
+    return {int(name) if name.isdecimal() else name: numbered(part) for name, part in tree.items()}

@@ -25,7 +25,7 @@ from flax import nnx
 from mmdiff import config
 from mmdiff.layout import Rows
 from mmdiff.tokenizers.discriminator import balance, judged, perceptual, read_vgg
-from mmdiff.tokenizers.network import UNTRAINED, Bound, TokenizerNetwork
+from mmdiff.tokenizers.network import UNTRAINED, Bound, Objective, TokenizerNetwork
 from mmdiff.tokenizers.quantizers.base import Learning
 from mmdiff.training.guard import apply_guarded
 from mmdiff.training.state import TrainState
@@ -109,33 +109,53 @@ def _last_layer(model: Bound, features: jax.Array):
     return lambda params: decoder.pixels(features, nnx.merge(graph, params)), params
 
 
-def make_tokenizer_step(
-    network: TokenizerNetwork, cfg: config.Config, tx: optax.GradientTransformation
-) -> Callable[[TrainState, Rows], tuple[TrainState, dict[str, jax.Array]]]:
-    """The pure step `(state, rows) -> (state, metrics)`."""
+def objective(network: TokenizerNetwork, cfg: config.Config) -> Objective:
+    """Equation (2) as `TokenizerNetwork.objective`."""
     settings, last = cfg.tokenizer, LAST_TENTH * cfg.training.steps
     weights = read_vgg(Path(settings.perceptual_weights)) if settings.perceptual else None
 
-    def train_step(state: TrainState, rows: Rows):
+    def loss_of(params: Any, rows: Rows, key: jax.Array, step: jax.Array):
         images, weight = network.images(rows)
-        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), PURPOSE)
-        now = settings.adversarial * (state.step >= settings.adversarial_start)
-
-        def loss_of(params):
-            return losses(network, params, images, weight, key=key, adversarial=now, restart=state.step < last, weights=weights)
-
-        (loss, (parts, codebook)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        state, guarded = apply_guarded(state, grads, loss, tx, cfg.training.ema, cfg.training.ema_start)
-        good = guarded["skips"] == 0
-        kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), codebook, state.params[UNTRAINED])
-        state = dataclasses.replace(
-            state, params=state.params | {UNTRAINED: kept}, ema=state.ema | {UNTRAINED: jax.tree.map(jnp.copy, kept)}
+        now = settings.adversarial * (step >= settings.adversarial_start)
+        loss, (parts, codebook) = losses(
+            network, params, images, weight, key=key, adversarial=now, restart=step < last, weights=weights
         )
-        metrics = {"loss": loss, "image_loss": parts.error, "quantizer_loss": parts.quantizer}
+        metrics = {"image_loss": parts.error, "quantizer_loss": parts.quantizer}
         if settings.adversarial:
             metrics |= {"fool": parts.fool, "judge": parts.judge}
         if settings.perceptual:
             metrics |= {"perceptual": parts.perceptual}
-        return state, metrics | guarded
+        return loss, (metrics, codebook)
+
+    return loss_of
+
+
+def make_tokenizer_step(
+    network: TokenizerNetwork, cfg: config.Config, tx: optax.GradientTransformation
+) -> Callable[[TrainState, Rows], tuple[TrainState, dict[str, jax.Array]]]:
+    """The pure step `(state, rows) -> (state, metrics)`."""
+    grad_of = jax.value_and_grad(network.objective(cfg), has_aux=True)
+
+    def train_step(state: TrainState, rows: Rows):
+        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), PURPOSE)
+        (loss, (metrics, codebook)), grads = grad_of(state.params, rows, key, state.step)
+        before = state
+        state, guarded = apply_guarded(state, grads, loss, tx, cfg.training.ema, cfg.training.ema_start)
+        good = guarded["skips"] == 0
+        kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), codebook, before.params[UNTRAINED])
+        still = lambda params: {name: params[name] for name in network.frozen}
+        state = dataclasses.replace(
+            state,
+            params=state.params | still(before.params) | {UNTRAINED: kept},
+            ema=state.ema | still(before.ema) | {UNTRAINED: jax.tree.map(jnp.copy, kept)},
+        )
+        return state, {"loss": loss} | metrics | guarded
 
     return train_step
+
+
+def trained_alone(tx: optax.GradientTransformation, network: TokenizerNetwork) -> optax.GradientTransformation:
+    """`tx` without room for the frozen parts of a tokenizer."""
+    if not network.frozen:
+        return tx
+    return optax.masked(tx, lambda params: {name: name not in network.frozen for name in params})

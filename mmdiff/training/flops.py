@@ -11,10 +11,9 @@ import jax.numpy as jnp
 from mmdiff import config
 from mmdiff.adapters.front_end import find, look
 from mmdiff.image_paths.base import image_path
-from mmdiff.layout import empty_row
+from mmdiff.layout import Rows, empty_row
 from mmdiff.models.network import Network
 from mmdiff.tokenizers.network import TokenizerNetwork
-from mmdiff.tokenizers.training import losses
 
 
 def training_flops(cfg: config.Config, vocabulary_size: int) -> float:
@@ -25,12 +24,11 @@ def training_flops(cfg: config.Config, vocabulary_size: int) -> float:
     evaluations of few-step training have no backward pass.
     """
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention="dense"))
-    if cfg.model.network in config.AUTOENCODERS:
-        return _tokenizer_flops(cfg)
+    if cfg.model.network in config.TOKENIZERS:
+        return _tokenizer_flops(cfg, vocabulary_size)
     network = Network.of(cfg, vocabulary_size)
     params = jax.eval_shape(network.init, jax.random.key(0))
-    row = empty_row(cfg.layout.row_length, network.patch_values)
-    rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((cfg.training.batch_size, *a.shape), a.dtype), row)
+    rows = _abstract_rows(cfg)
     path, plain = image_path(cfg.layout), dataclasses.replace(cfg, few_step=config.FewStep())
     key = jax.eval_shape(lambda: jax.random.key(0))
     once = _frozen_flops(network, rows)  # has no backward pass
@@ -44,7 +42,13 @@ def training_flops(cfg: config.Config, vocabulary_size: int) -> float:
     return 2 * counted(plain) + counted(cfg)
 
 
-def _frozen_flops(network: Network, rows: Any) -> float:
+def _abstract_rows(cfg: config.Config) -> Rows:
+    """Shapes of a batch."""
+    row = empty_row(cfg.layout.row_length, cfg.patch_values)
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((cfg.training.batch_size, *a.shape), a.dtype), row)
+
+
+def _frozen_flops(network: Network, rows: Rows) -> float:
     """The forward pass of a frozen vision tower over all images of a batch, as many as rows have room for."""
     if not network.frozen or network.size is None:
         return 0.0
@@ -54,18 +58,13 @@ def _frozen_flops(network: Network, rows: Any) -> float:
     return counted_flops(lambda params, pixels: look(network.bind(params).tower, pixels, network.front), params, pixels)
 
 
-def _tokenizer_flops(cfg: config.Config) -> float:
-    """The same of a tokenizer without its discriminator and its perceptual distance."""
+def _tokenizer_flops(cfg: config.Config, vocabulary_size: int) -> float:
+    """The same of a tokenizer without its discriminator and its perceptual distance; a frozen encoder counts as the rest."""
     plain = dataclasses.replace(cfg.tokenizer, adversarial=0.0, perceptual=0.0, perceptual_weights="")
-    network = TokenizerNetwork.of(dataclasses.replace(cfg, tokenizer=plain))
-    params, side = jax.eval_shape(network.init, jax.random.key(0)), cfg.model.patch
-    height, width = (count * side for count in network.grid)
-    count = cfg.training.batch_size * max(1, cfg.layout.row_length // (network.grid[0] * network.grid[1]))
-    images = jax.ShapeDtypeStruct((count, height, width, 3), jnp.float32)
-    weight = jax.ShapeDtypeStruct((count,), jnp.float32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    forward = lambda params, images, weight, key: losses(network, params, images, weight, key=key)
-    return 3 * counted_flops(forward, params, images, weight, key)
+    cfg = dataclasses.replace(cfg, tokenizer=plain)
+    network = TokenizerNetwork.of(cfg, None, vocabulary_size)
+    params, key = jax.eval_shape(network.init, jax.random.key(0)), jax.eval_shape(lambda: jax.random.key(0))
+    return 3 * counted_flops(network.objective(cfg), params, _abstract_rows(cfg), key, jax.ShapeDtypeStruct((), jnp.int32))
 
 
 def flops_by_hand(cfg: config.Config, vocabulary_size: int) -> float:

@@ -31,6 +31,7 @@ from mmdiff.parallel.mesh import local_rows, make_mesh, place_rows
 from mmdiff.sampling.generate import Model
 from mmdiff.tokenizers.model import Tokenizer
 from mmdiff.tokenizers.network import TokenizerNetwork
+from mmdiff.tokenizers.tower import resolved
 from mmdiff.training import flops, guard
 from mmdiff.training.checkpoint import Checkpoints
 from mmdiff.training.goodput import Goodput
@@ -59,6 +60,7 @@ def train(
       SaveError: a checkpoint could not be written. Preempted: after SIGTERM, when the state is saved.
     """
     workdir = Path(workdir)
+    cfg = resolved(cfg, workdir)
     first = distributed.is_first()
     goodput = Goodput(workdir, write=first)
     check_workdir(cfg, workdir)

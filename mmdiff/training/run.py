@@ -19,6 +19,7 @@ from mmdiff.models.network import Network
 from mmdiff.parallel.distributed import is_first
 from mmdiff.tokenizers.model import Tokenizer, load_tokenizer
 from mmdiff.tokenizers.network import TokenizerNetwork
+from mmdiff.tokenizers.training import trained_alone
 from mmdiff.training import state as train_state
 from mmdiff.training.checkpoint import restore_params
 from mmdiff.training.optimizer import make_optimizer
@@ -59,7 +60,13 @@ class Run:
         """
         where = jax.tree.map(lambda a: a.sharding, self.abstract_state())
         init = self.cfg.training.init
-        given = restore_params(Path(init) / "checkpoints")[0] if init else front_end_parameters(self.cfg.front_end, self.cfg.model.width)
+        if isinstance(self.network, TokenizerNetwork):
+            given = self.network.given()
+        else:
+            given = {} if init else front_end_parameters(self.cfg.front_end, self.cfg.model.width)
+        if init:
+            restored, _ = restore_params(Path(init) / "checkpoints")
+            given |= self.network.inherited(restored) if isinstance(self.network, TokenizerNetwork) else restored
         if not given:
             return jax.jit(self.new_state, out_shardings=where)()
 
@@ -93,13 +100,15 @@ def build(cfg: config.Config, workdir: Path, mesh: Mesh) -> Run:
     tx, schedule = make_optimizer(cfg.optimizer, cfg.training.steps)
     train = Batches(source, vocabulary, cfg, tokenizer=tokenizer)
     network = make_network(cfg, vocabulary.size, mesh)
+    if isinstance(network, TokenizerNetwork):
+        tx = trained_alone(tx, network)
     return Run(cfg, vocabulary, train, validation, network, tx, schedule, mesh, tokenizer)
 
 
 def make_network(cfg: config.Config, vocabulary_size: int, mesh: Mesh | None = None) -> Network | TokenizerNetwork:
     """The network of a configuration."""
-    if cfg.model.network in config.AUTOENCODERS:
-        return TokenizerNetwork.of(cfg, mesh)
+    if cfg.model.network in config.TOKENIZERS:
+        return TokenizerNetwork.of(cfg, mesh, vocabulary_size)
     return Network.of(cfg, vocabulary_size, mesh)
 
 
@@ -125,6 +134,12 @@ def find_tokenizer(cfg: config.Config, workdir: Path) -> Tokenizer:
     config.require(
         side == cfg.model.patch,
         f"model.patch={cfg.model.patch}, and a code of {cfg.data.tokenizer} stands for {side}x{side} pixels: set it to {side}.",
+    )
+    most = tokenizer.grid[1]
+    config.require(
+        not tokenizer.dynamic or cfg.layout.max_grid >= most,
+        f"layout.max_grid={cfg.layout.max_grid}: an image may have {most} codes of {cfg.data.tokenizer}, which stand in one "
+        f"row; set it to {most}.",
     )
     config.require(
         tokenizer.codes > 0, f"{cfg.data.tokenizer} has no codes (tokenizer.quantizer='none'): take a tokenizer that has some."

@@ -22,11 +22,10 @@ from mmdiff.image_paths.base import image_path
 from mmdiff.layout import Rows
 from mmdiff.models.network import Network
 from mmdiff.parallel.mesh import place_rows
-from mmdiff.tokenizers import validate as tokenizers
 from mmdiff.tokenizers.network import TokenizerNetwork
 from mmdiff.training.loss import Losses, corrupt, loss_sums, normalise
 
-VALIDATED = {"x_error", "psnr", "text_bits_per_byte"}  # one of these is in the metrics of any validation
+VALIDATED = {"x_error", "psnr", "text_bits_per_byte", "retrieval"}  # one of these is in the metrics of any validation
 SIGMAS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
@@ -60,7 +59,7 @@ def validate(
     `between` is called before each batch.
     """
     if isinstance(network, TokenizerNetwork):
-        return tokenizers.validate(network, cfg, params, batches, rows, between)
+        return network.validate(cfg, params, batches, rows, between)
     if cfg.layout.images != "denoised":
         return _validate_rest(network, cfg, params, batches, rows, between)
     nothing = jnp.zeros((), jnp.float32)

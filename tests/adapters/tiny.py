@@ -18,7 +18,7 @@ from mmdiff.sampling.generate import Model as Trained
 from mmdiff.training.loss import normalise
 
 SIDE, PATCH = 8, 4
-TOWER = Tower(side=SIDE, patch=PATCH, width=16, inner=16, depth=2, heads=2, activation="gelu")
+TOWER = Tower(side=SIDE, patch=PATCH, width=16, hidden=16, depth=2, heads=2, activation="gelu")
 VISION = {"image_size": SIDE, "patch_size": PATCH, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
 TEXT = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
 CLIP_CONFIG = {

@@ -91,7 +91,10 @@ def test_pixels_are_denoised_from_vectors_that_they_do_not_teach(made, rows):
     network, params = made.network, made.params
 
     def image_loss(adapter):
-        image = params["image"] | {"adapter": adapter, "regress": {"kernel": jnp.zeros_like(params["image"]["regress"]["kernel"])}}
+        image = params["image"] | {
+            "adapter": adapter,
+            "regress": {"kernel": jnp.zeros_like(params["image"]["regress"]["kernel"])},
+        }
         keys = next_embedding.noise(network, made.cfg, rows, jax.random.key(0))
         return next_embedding.losses(network, made.cfg, params | {"image": image}, rows, *keys).image
 

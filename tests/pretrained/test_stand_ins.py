@@ -19,19 +19,18 @@ FOLDER = Path(__file__).parents[2] / "experiments" / "stand_ins"
 def two_tower():
     script = runpy.run_path(str(FOLDER / "two_tower.py"))
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    sizes = script["CONFIG"]
-    sizes["text_config"] |= small
-    sizes["vision_config"] |= small | {"patch_size": 16}
-    script["main"].__globals__.update(EXAMPLES=24, TESTED=8, BATCH=8, CONFIG=sizes)
+    script["TEXT"].update(small)
+    script["VISION"].update(small)
+    script["main"].__globals__.update(EXAMPLES=24, TESTED=8, BATCH=8)
     return script
 
 
 def test_one_command_trains_it_and_it_is_loaded_like_the_real_one(two_tower, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["two_tower.py", "--out", str(tmp_path), "--steps", "2"])
+    monkeypatch.setattr(sys, "argv", ["two_tower.py", "--out", str(tmp_path), "--steps", "2", "--patch", "16"])
     assert two_tower["main"]() == 0
     assert "of 8 unseen scenes find their caption" in capsys.readouterr().out
     images, _ = two_tower["scenes"](8, "test")
-    again = two_tower["trained"](*two_tower["scenes"](24, "train"), 2, 0)
+    again = two_tower["trained"](*two_tower["scenes"](24, "train"), 2, 0, two_tower["settings"](64, 16))
     model = load_clip(tmp_path)
     for one, two in zip(*(jax.tree.leaves(nnx.state(m, nnx.Param)) for m in (model, again)), strict=True):
         np.testing.assert_array_equal(one, two)  # the same seed, the same bytes

@@ -1,0 +1,66 @@
+"""Tokenizers of what a frozen encoder says of 32 x 32 images: LaVIT and SEED. Minutes each on two cores.
+
+    python experiments/stand_ins/two_tower.py --side 32 --patch 4 --out runs/stand_ins/two_tower_32
+    mmdiff train experiments/lossless_vs_discrete/semantic.py:lavit --workdir runs/tokenizers/lavit
+    mmdiff train experiments/lossless_vs_discrete/semantic.py:seed_pairs --workdir runs/tokenizers/seed_pairs
+    mmdiff train experiments/lossless_vs_discrete/semantic.py:seed --workdir runs/tokenizers/seed
+    mmdiff train experiments/lossless_vs_discrete/systems.py:lavit --workdir runs/systems/lavit
+
+`seed_pairs` is the first stage of `seed`. With a real encoder: --tokenizer.encoder FOLDER (CLIP's, as Hugging Face keeps it),
+images of any size; its features then decide how many codes there are.
+"""
+
+import dataclasses
+
+from mmdiff.config import Config, Data, Layout, Model, Optimizer, Tokenizer, Training
+
+ENCODER = "runs/stand_ins/two_tower_32"
+PAIRS = "runs/tokenizers/seed_pairs"
+CODES, CODE_WIDTH, QUERIES = 512, 16, 8
+ONE_CAPTION = (("draw", 1.0),)
+
+
+def config() -> Config:
+    """LaVIT: of 64 features a third is kept, each as one of 512 codes of 16 numbers, compared by direction."""
+    return Config(
+        name="tokenizer_lavit",
+        model=Model(network="lavit", width=128, depth=4, patch=4, head_width=32),
+        tokenizer=Tokenizer(quantizer="vq", codes=CODES, code_width=CODE_WIDTH, encoder=ENCODER, depth=2),
+        layout=Layout(markers=False, row_length=64),
+        data=Data(source="shapes", generator=ONE_CAPTION, max_objects=2, vocabulary="bytes"),
+        optimizer=Optimizer(learning_rate=1e-3, warmup=100),
+        training=Training(steps=2000, batch_size=32, ema=0.99, validation_rows=256),
+    )
+
+
+lavit = config
+
+
+def seed() -> Config:
+    """SEED: 8 codes for an image, of the Q-Former that `seed_pairs` has trained."""
+    settings = Tokenizer(
+        quantizer="vq",
+        codes=CODES,
+        code_width=CODE_WIDTH,
+        normalise=False,
+        commitment=1.0,
+        encoder=ENCODER,
+        depth=2,
+        latents=QUERIES,
+    )
+    cfg = config()
+    model = dataclasses.replace(cfg.model, network="seed")
+    training = dataclasses.replace(cfg.training, init=PAIRS)
+    return dataclasses.replace(cfg, name="tokenizer_seed", model=model, tokenizer=settings, training=training)
+
+
+def seed_pairs() -> Config:
+    """The first stage of `seed`: its Q-Former, from images and their captions."""
+    cfg = seed()
+    return dataclasses.replace(
+        cfg,
+        name="tokenizer_seed_pairs",
+        tokenizer=dataclasses.replace(cfg.tokenizer, stage=1),
+        layout=Layout(row_length=192, images="read", max_grid=16, text_drop=0.0),
+        training=dataclasses.replace(cfg.training, steps=1000, init="", sample_every=0),
+    )

@@ -1,0 +1,138 @@
+"""LaVIT as a tokenizer: a code for each patch that the selector keeps, so that images have different numbers of codes.
+
+    f = tower(image);  k = keep(selector(f));  m = merger(f, k);  z = tanh(m W) W'
+    codes = quantise(z) where k = 1;  y = decoder(codes, k)
+    (1) loss = mean (1 - cos(f, y)) + 2 (rho - mean k)^2 + quantizer's own terms + denoising loss of pixels given y
+
+In training all positions are worked through under the policies of lavit.py; in use the kept ones alone, to the same result.
+Which ones are kept is drawn at random also in use, as published, from a key that the image's own pixels determine;
+tokenizer.deterministic takes the likelier choice. An image keeps at least one patch: the one with the best chance.
+
+Places of kept patches are not transmitted: the decoder knows only their order. In a document the k codes stand in one row, and
+its length is written first, `[IMG] <rows 1> <cols k>`, where LaVIT's language model writes [/IMG] when it has written enough.
+
+Reconstructed, as LaVIT's training is not published: commitment and moving averages of the codebook, the policy in the decoder
+(lavit.py), and one run for tokenizer and pixels (pixel_decoder.py).
+Source: Jin et al., LaVIT, arXiv 2309.04669. Letters: n images, t patches of the tower, d its width, c numbers of a code.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mmdiff import config
+from mmdiff.layout import Rows
+from mmdiff.tokenizers.lavit import RATIO_WEIGHT, RHO, Decoder, Merger, Selector, feature_loss, kept
+from mmdiff.tokenizers.network import Objective, Seen
+from mmdiff.tokenizers.pixel_decoder import PixelDecoder
+from mmdiff.tokenizers.quantizers.base import Learning, Quantizer
+from mmdiff.tokenizers.semantic import DRAWING, LAST_TENTH, SemanticNetwork, own_keys, weighted
+from mmdiff.tokenizers.tower import Tower
+
+
+class Narrow(nnx.Module):
+    """[..., d] to [..., c]."""
+
+    def __init__(self, width: int, code_width: int, rngs: nnx.Rngs):
+        self.first, self.second = nnx.Linear(width, width, rngs=rngs), nnx.Linear(width, code_width, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.second(jnp.tanh(self.first(x)))
+
+
+class Parts(nnx.Module):
+    def __init__(self, network: "LavitNetwork", rngs: nnx.Rngs):
+        settings, tower = network.tokenizer, network.tokenizer.tower
+        width, code_width = tower.width, network.quantizer.width
+        self.tower, self.selector = Tower(tower, rngs), Selector(width, rngs)
+        self.merger, self.narrow = Merger(width, settings.depth, tower.heads, rngs), Narrow(width, code_width, rngs)
+        self.decoder = Decoder(tower.count, width, code_width, settings.depth, tower.heads, rngs)
+        self.pixels = PixelDecoder(
+            network.cfg, network.diffusion, network.sampling, network.grid, (tower.count, width), rngs, network.place
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundLavit:
+    module: Parts
+    quantizer: Quantizer
+    params: Any
+    codebook: Any
+    deterministic: bool
+
+    def keep(self, features: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """0 or 1 for each patch, float32 [n, t], straight through; keys [n]: of each image's draws, None: the likelier."""
+        choice = self.module.selector(features)
+        keep = kept(choice, None) if keys is None else jax.vmap(kept)(choice, keys)
+        best = jax.nn.one_hot(choice[..., 0].argmax(-1), choice.shape[1])
+        return keep + jax.lax.stop_gradient(best * (keep.sum(-1, keepdims=True) < 0.5))
+
+    def coded(self, images: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Features [n, t, d], codes [n, t, c], and ids int32 [n, t] of which the first `lengths` [n] are an image's."""
+        features, _ = self.module.tower(images)
+        keep = self.keep(features, None if self.deterministic else own_keys(images, key))
+        packed = self.module.merger.packed(features, keep, keep.shape[1])
+        quantised = self.quantizer(self.params, self.codebook, self.module.narrow(packed.x))
+        return features, quantised.codes, jnp.where(packed.filled, quantised.ids, 0), packed.filled.sum(-1)
+
+    def features(self, codes: jax.Array, lengths: jax.Array) -> jax.Array:
+        """Codes [n, t, c], of which the first `lengths` [n] count, to features [n, t, d]."""
+        there = jnp.arange(codes.shape[1]) < lengths[:, None]
+        return self.module.decoder(codes, there.astype(jnp.float32))
+
+    def seen(self, images: jax.Array, key: jax.Array) -> Seen:
+        """As of `network.Bound`."""
+        features, codes, ids, lengths = self.coded(images, key)
+        decoded = self.features(codes, lengths)
+        more = {"keep_ratio": lengths / ids.shape[1], "feature_cosine": 1 - feature_loss(features, decoded)}
+        return Seen(self.module.pixels.draw(decoded, jax.random.key(DRAWING)), ids, lengths, more)
+
+    def drawn(self, ids: jax.Array, lengths: jax.Array) -> jax.Array:
+        """As of `network.Bound`."""
+        codes = self.quantizer.decode(self.params, self.codebook, ids)
+        return self.module.pixels.draw(self.features(codes, lengths), jax.random.key(DRAWING))
+
+
+@dataclasses.dataclass(frozen=True)
+class LavitNetwork(SemanticNetwork):
+    dynamic: ClassVar[bool] = True
+
+    @property
+    def length(self) -> int:
+        return self.tokenizer.tower.count
+
+    def _module(self, key=0) -> Parts:
+        return Parts(self, nnx.Rngs(params=key))
+
+    def _bound(self, module: Any, params: Any, codebook: Any) -> BoundLavit:
+        return BoundLavit(module, self.quantizer, params, codebook, self.tokenizer.deterministic)
+
+    def objective(self, cfg: config.Config) -> Objective:
+        """Equation (1)."""
+        last = LAST_TENTH * cfg.training.steps
+
+        def loss_of(params: Any, rows: Rows, key: jax.Array, step: jax.Array):
+            images, weight = self.images(rows)
+            return self.losses(params, images, weight, key, step < last)
+
+        return loss_of
+
+    def losses(self, params: Any, images: jax.Array, weight: jax.Array, key: jax.Array, restart: jax.Array | bool):
+        """The same of images [n, h, w, 3] that count as `weight` [n] says."""
+        model = self.bind(params)
+        choices, restarts, noise = jax.random.split(key, 3)
+        features, _ = model.module.tower(images)
+        keep = model.keep(features, jax.random.split(choices, len(images)))
+        z = model.module.narrow(model.module.merger(features, keep))
+        learning = Learning(restarts, jax.lax.stop_gradient(keep) * weight[:, None], restart)
+        quantised = model.quantizer(model.params, model.codebook, z, learning)
+        decoded = model.module.decoder(quantised.codes, keep)
+        apart = weighted(feature_loss(features, decoded), weight)
+        share = weighted(keep.mean(-1), weight)
+        pixels = weighted(model.module.pixels.losses(images, jax.lax.stop_gradient(decoded), noise), weight)
+        loss = apart + RATIO_WEIGHT * jnp.square(RHO - share) + quantised.loss + pixels
+        metrics = {"image_loss": pixels, "feature_loss": apart, "keep_ratio": share, "quantizer_loss": quantised.loss}
+        return loss, (metrics, quantised.state)

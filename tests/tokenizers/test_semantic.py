@@ -1,0 +1,264 @@
+"""LaVIT as a tokenizer: trained by the same command, of its own length for every image, whole without its encoder's folder."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mmdiff
+from mmdiff.cli.main import main
+from mmdiff.config import Config, ConfigError, Data, Layout, Model, Optimizer, Training
+from mmdiff.data.batches import Batches, Choice
+from mmdiff.document import IMG, DataError, Document, Image
+from mmdiff.pretrained.clip import load_clip
+from mmdiff.pretrained.encoder import normalised
+from mmdiff.tokenizers.lavit import RHO
+from mmdiff.tokenizers.model import Tokenizer as Trained
+from mmdiff.tokenizers.network import TokenizerNetwork
+from mmdiff.tokenizers.tower import read_sizes
+from mmdiff.training.checkpoint import restore_params
+from mmdiff.training.loop import train
+
+from .semantic import encoder, experiment, pixels
+
+COUNT = 16  # patches of the encoder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return encoder(tmp_path_factory.mktemp("encoder") / "clip")
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    """A run whose encoder's folder has gone since."""
+    place = tmp_path_factory.mktemp("lavit")
+    elsewhere = place / "clip"
+    shutil.copytree(folder, elsewhere)
+    validation = train(experiment("lavit", str(elsewhere)), place / "run")
+    shutil.rmtree(elsewhere)
+    return place / "run", validation
+
+
+@pytest.fixture(scope="module")
+def tokenizer(run):
+    return mmdiff.load_tokenizer(run[0])
+
+
+def test_it_is_trained_validated_and_shown(run):
+    folder, validation = run
+    assert {"psnr", "keep_ratio", "keep_ratio_std", "feature_cosine", "codes_used", "code_bits"} <= set(validation)
+    assert 0 < validation["keep_ratio"] <= 1
+    per_image = validation["keep_ratio"] * COUNT * validation["code_bits"]
+    assert validation["bits_per_image"] == pytest.approx(per_image, rel=1e-5)
+    assert (folder / "samples" / "0000004.png").is_file()
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {"feature_loss", "image_loss", "keep_ratio", "quantizer_loss"} <= set(logged[0])
+
+
+def test_the_encoder_is_the_given_one_to_the_bit_after_training(run, folder):
+    kept, clip = restore_params(run[0] / "checkpoints")[0]["tower"], load_clip(folder)
+    np.testing.assert_array_equal(
+        kept["vision"]["encoder"]["layers"]["0"]["q"]["kernel"], clip.vision.encoder.layers[0].q.kernel[...]
+    )
+    fresh, _ = restore_params(run[0] / "checkpoints", ema=False)
+    for one, two in zip(jax.tree.leaves(kept), jax.tree.leaves(fresh["tower"]), strict=True):
+        np.testing.assert_array_equal(one, two)  # nor does the average drift
+
+
+def test_features_are_those_of_the_folder_without_class_and_last_norm(tokenizer, folder):
+    images = pixels(2)
+    found = tokenizer.network.bind(tokenizer.params).module.tower(images / 127.5 - 1)
+    clip = load_clip(folder)
+    x = clip.vision(normalised(images, 32))
+    np.testing.assert_allclose(found[0], x[:, 1:], atol=1e-4)
+    np.testing.assert_allclose(found[1], clip.embed_images(normalised(images, 32)), atol=1e-5)
+
+
+def test_images_have_codes_of_their_own_length_and_come_back_from_any(tokenizer):
+    images = pixels(12)
+    ids = tokenizer.encode(images)
+    lengths = [len(row) for row in ids]
+    assert len(set(lengths)) > 1 and all(1 <= length <= COUNT for length in lengths)
+    alone = [tokenizer.encode([image])[0] for image in images]
+    assert all((a == b).all() for a, b in zip(ids, alone, strict=True))
+    made = tokenizer.decode(ids)
+    np.testing.assert_array_equal(made, tokenizer.reconstruct(images))
+    np.testing.assert_array_equal(tokenizer.decode([ids[3]])[0], made[3])
+    every = [np.resize(np.arange(24), k) for k in range(1, COUNT + 1)]
+    drawn = tokenizer.decode(every)
+    assert drawn.shape == (COUNT, 32, 32, 3) and len({image.tobytes() for image in drawn}) == COUNT
+    others = tokenizer.encode(images, seed=1)
+    assert any(len(a) != len(b) or (a != b).any() for a, b in zip(ids, others, strict=True))
+    for wrong in ([[]], [np.zeros(COUNT + 1, int)], [[24]], [[-1, 3]]):
+        with pytest.raises(DataError, match="decodes 1 to 16 for each image, from 0 to 23"):
+            tokenizer.decode(wrong)
+
+
+def test_the_likelier_choice_draws_nothing(tokenizer):
+    settings = dataclasses.replace(tokenizer.cfg.tokenizer, deterministic=True)
+    sure = Trained(dataclasses.replace(tokenizer.cfg, tokenizer=settings), tokenizer.params)
+    images = pixels(6)
+    choice = sure.network.bind(sure.params).module.selector(sure.network.bind(sure.params).module.tower(images / 127.5 - 1)[0])
+    expected = np.maximum((choice[..., 0] >= choice[..., 1]).sum(-1), 1)
+    assert [len(row) for row in sure.encode(images)] == expected.tolist()
+    with pytest.raises(ConfigError, match="draws nothing at random"):
+        sure.encode(images, seed=1)
+
+
+def test_a_tokenizer_survives_its_file(tokenizer):
+    again = Trained.from_bytes(tokenizer.to_bytes(), "it")
+    assert again.fingerprint == tokenizer.fingerprint
+    for one, two in zip(again.encode(pixels(3)), tokenizer.encode(pixels(3)), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.fixture(scope="module")
+def learnt(tokenizer):
+    """(network, params, images, gradient of one term of the loss, by name)."""
+    network, params = tokenizer.network, jax.tree.map(jnp.asarray, tokenizer.params)
+    images = jnp.asarray(pixels(4) / 127.5 - 1, jnp.float32)
+
+    def losses(params, images=images, weight=np.ones(4, np.float32)):  # noqa: B008
+        return network.losses(params, images, weight, jax.random.key(0), False)
+
+    return (
+        params,
+        images,
+        jax.jit(losses),
+        jax.jit(jax.grad(lambda p, name: losses(p)[1][0][name], argnums=0), static_argnums=1),
+    )
+
+
+def test_each_part_learns_from_its_own_loss(learnt):
+    params, _, _, gradient = learnt
+    size = lambda tree: sum(float(jnp.abs(leaf).sum()) for leaf in jax.tree.leaves(tree))
+    features, pixels = gradient(params, "feature_loss"), gradient(params, "image_loss")
+    assert all(size(features[part]) > 0 for part in ("selector", "merger", "narrow", "decoder"))
+    assert size(features["tower"]) == size(features["codebook"]) == size(features["pixels"]) == 0
+    assert size(pixels["pixels"]) > 0 and all(size(part) == 0 for name, part in pixels.items() if name != "pixels")
+
+
+def test_only_kept_patches_and_real_images_count(learnt):
+    params, images, losses, _ = learnt
+    other = images.at[3].set(-1.0)
+    weight = jnp.array([1.0, 1.0, 1.0, 0.0])
+    one, two = losses(params, images, weight), losses(params, other, weight)
+    assert one[0] != losses(params, images, jnp.ones(4))[0]
+    for a, b in zip(jax.tree.leaves(one[1][1]), jax.tree.leaves(two[1][1]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    before, after = params["codebook"]["counts"], losses(params)[1][1]["counts"]
+    seen = (after - 0.99 * before).sum() / 0.01
+    np.testing.assert_allclose(seen, losses(params)[1][0]["keep_ratio"] * 4 * COUNT, rtol=1e-3)
+
+
+def test_the_loss_is_the_sum_of_its_terms(learnt):
+    params, _, losses, _ = learnt
+    loss, (parts, _) = losses(params)
+    expected = parts["feature_loss"] + 2 * (RHO - parts["keep_ratio"]) ** 2 + parts["quantizer_loss"] + parts["image_loss"]
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+# On its codes.
+
+
+def system(tokenizer, layout=None) -> Config:
+    return Config(
+        model=Model(width=32, depth=1, patch=8, block="attention", head_width=16, lossless=False),
+        layout=layout or Layout(row_length=192, images="next_code", max_grid=COUNT),
+        data=Data(source="shapes", generator=(("draw", 1.0),), vocabulary="bytes", size=24, tokenizer=str(tokenizer)),
+        optimizer=Optimizer(learning_rate=3e-3, warmup=2),
+        training=Training(steps=2, batch_size=4, log_every=1, sample_every=0, validation_rows=4),
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("system") / "run"
+    assert train(system(run[0]), folder)["code_bits"] > 0
+    return mmdiff.load(folder)
+
+
+def test_rows_hold_as_many_codes_as_the_image_has(trained, tokenizer):
+    images = [Image(image) for image in pixels(3)]
+    listed = Listed([Document("a", image) for image in images])
+    batches = Batches(listed, trained.vocabulary, trained.cfg, learn=False, tokenizer=Once(trained.tokenizer))
+    for index, image in enumerate(images):
+        (ids,) = tokenizer.encode([image.pixels])
+        rows = batches.laid(index, Choice(False, False, False, False))
+        codes = rows.tokens[rows.is_patch] - trained.vocabulary.codes_range[0]
+        np.testing.assert_array_equal(codes, ids)
+        before = rows.tokens[np.flatnonzero(rows.is_patch)[0] - 2 :][:2]
+        assert before.tolist() == [trained.vocabulary.rows(1), trained.vocabulary.cols(len(ids))]
+    assert batches.tokenizer.calls == 3  # lengths and codes from one look at each image
+
+
+def test_documents_of_different_lengths_are_drawn_together_as_alone(trained):
+    prompts = [Document(text, IMG) for text in ("a", "bb", "a circle")]
+    together = trained.generate(prompts, max_tokens=0, seed=[1, 2, 3])
+    lengths = set()
+    for number, (prompt, out) in enumerate(zip(prompts, together, strict=True), 1):
+        (alone,) = trained.generate([prompt], max_tokens=0, seed=[number])
+        np.testing.assert_array_equal(out.images[0].pixels, alone.images[0].pixels)
+        lengths.add(out.images[0].pixels.tobytes())
+    assert len(lengths) == 3
+    with pytest.raises(ConfigError, match="decodes images of 32x32 alone"):
+        trained.generate(prompts, image_size=(64, 64))
+    (told,) = trained.generate([Document(Image(pixels(1)[0]))], max_tokens=3)
+    assert len(told.segments) >= 1
+
+
+def test_what_does_not_fit_is_refused_in_one_line(run, folder, tmp_path):
+    cfg = experiment("lavit", folder)
+
+    def refused(make, told, kind=ConfigError):
+        with pytest.raises(kind, match=told) as problem:
+            make()
+        assert "\n" not in str(problem.value)
+
+    change = lambda **values: dataclasses.replace(cfg, tokenizer=dataclasses.replace(cfg.tokenizer, **values))
+    refused(lambda: change(encoder=""), "set tokenizer.encoder to its folder")
+    refused(lambda: change(adversarial=0.5), "tokenizer.adversarial=0.5 has no meaning with model.network='lavit'")
+    refused(lambda: change(latents=4), "needs model.network='vit_autoencoder' or 'seed'")
+    refused(lambda: TokenizerNetwork.of(cfg), "says nothing about the encoder")
+    refused(lambda: train(change(encoder=str(tmp_path)), tmp_path / "run"), "config.json: not there", DataError)
+    other = dataclasses.replace(read_sizes(folder), depth=2)
+    refused(lambda: train(change(tower=other), tmp_path / "run"), "leave that out")
+    plain = dataclasses.replace(cfg.model, network="vit_autoencoder")
+    refused(lambda: dataclasses.replace(cfg, model=plain), "tokenizer.encoder='.*' has no meaning")
+    narrow = system(run[0], Layout(row_length=192, images="next_code", max_grid=8))
+    refused(lambda: train(narrow, tmp_path / "narrow"), "layout.max_grid=8: an image may have 16 codes")
+
+
+class Once:
+    """A tokenizer that counts what it is asked to code."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.calls = tokenizer, 0
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def encode(self, images):
+        self.calls += len(images)
+        return self.tokenizer.encode(images)
+
+
+class Listed(list):
+    """Documents as a source."""
+
+    def outline(self, index):
+        return [s if not isinstance(s, Image) else (s.height, s.width, s.learn) for s in self[index].segments]
+
+    def where(self, index):
+        return f"document {index}"
+
+
+def test_it_is_measured_by_the_evaluate_command(run, capsys):
+    assert main(["evaluate", str(run[0]), "--metrics", "psnr", "code_use", "--count", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bits_nominal"] == pytest.approx(COUNT * np.log2(24)) and found["bits_per_image"] < found["bits_nominal"]
