@@ -3,7 +3,8 @@
 An experiment is a Python file with `def config() -> Config`; what differs from the defaults below is what it writes.
 Every field can be overridden on the command line by its dotted name (`--model.width 512`). A value that cannot work is
 refused when the dataclass is made, with the remedy, never at step 1. The network's own part is mmdiff/config_model.py,
-that of image tokenizers mmdiff/config_tokenizer.py; what must hold between the groups mmdiff/config_checks.py.
+that of image tokenizers mmdiff/config_tokenizer.py, that of front ends mmdiff/config_front_end.py; what must hold between
+the groups mmdiff/config_checks.py.
 """
 
 import dataclasses
@@ -12,12 +13,14 @@ import json
 from typing import Literal
 
 from mmdiff import config_checks
+from mmdiff.config_front_end import FrontEnd
 from mmdiff.config_model import AUTOENCODERS, SEMANTIC, TOKENIZERS, ConfigError, Model, require, suggest
 from mmdiff.config_tokenizer import Tokenizer, Tower
 from mmdiff.orders import Order
 
 __all__ = ["Config", "ConfigError", "Data", "Diffusion", "Layout", "Mesh", "Model", "Optimizer", "Sampling", "Training"]
-__all__ += ["AUTOENCODERS", "SEMANTIC", "TOKENIZERS", "Tokenizer", "Tower", "check_image_size", "require", "suggest"]
+__all__ += ["AUTOENCODERS", "SEMANTIC", "TOKENIZERS", "FrontEnd", "Tokenizer", "Tower"]
+__all__ += ["check_image_size", "require", "suggest"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,11 +28,11 @@ class Layout:
     """How documents become rows (mmdiff/layout.py)."""
 
     row_length: int = 256
-    images: Literal["denoised", "next_code", "masked_code", "next_pixel", "next_patch", "read"] = "denoised"
+    images: Literal["denoised", "next_code", "masked_code", "next_pixel", "next_patch", "next_embedding", "read"] = "denoised"
     """How images enter and leave the model (mmdiff/image_paths/base.py). `denoised`: raw patches, drawn by denoising.
     `next_code`, `masked_code`: codes of data.tokenizer, predicted one after another, or many at a time. `next_pixel`: pixels,
-    predicted one after another. `next_patch`: raw patches, each regressed on those before it. `read`: raw patches that are
-    read and never drawn."""
+    predicted one after another. `next_patch`: raw patches, each regressed on those before it. `next_embedding`: the same with
+    vectors of `front_end`. `read`: raw patches, or vectors of `front_end`, that are read and never drawn."""
     order: Order = "raster"
     """In which order an image's positions are predicted, with `next_...` (mmdiff/orders.py)."""
     markers: bool = True
@@ -70,9 +73,9 @@ class Layout:
             f"{name} has no noised blocks: set layout.noised_copies=1.",
         )
         require(
-            self.order == "raster" or self.in_order,
-            f"layout.order={self.order!r} has no meaning with {name}, which predicts no position from those before it: leave "
-            "it at 'raster'.",
+            self.order == "raster" or (self.in_order and self.images != "next_embedding"),
+            f"layout.order={self.order!r} has no meaning with {name}, whose positions are not patches that are predicted one after "
+            "another: leave it at 'raster'.",
         )
 
     @property
@@ -336,6 +339,7 @@ class Config:
     diffusion: Diffusion = Diffusion()
     few_step: FewStep = FewStep()
     tokenizer: Tokenizer = dataclasses.field(default_factory=Tokenizer)
+    front_end: FrontEnd = FrontEnd()
     data: Data = Data()
     optimizer: Optimizer = Optimizer()
     training: Training = Training()
@@ -357,12 +361,22 @@ class Config:
         generated = {"shapes": (side, side), "words": (side, 2 * side), "probes": (side, side)}
         return generated.get(self.data.source, self.data.image_size)
 
+    @property
+    def patch_values(self) -> int:
+        """Channel values of pixels at one position of a row."""
+        if self.front_end.kind == "none" or self.fixed_size is None:
+            return 3 * self.model.patch**2
+        return self.front_end.values(*self.fixed_size, self.model.patch)
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
     def fingerprint(self) -> str:
         """Hash of every field: equal configurations, equal strings."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        values = dataclasses.asdict(self)
+        if self.front_end == FrontEnd():
+            del values["front_end"]  # as before there were any
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     @classmethod
     def from_json(cls, text: str) -> "Config":

@@ -26,6 +26,7 @@ def check(cfg: "Config") -> None:
         _check_few_step(cfg)
     _check_tokenizer(cfg)
     _check_images(cfg)
+    _check_front_end(cfg)
     require(
         cfg.sampling.solver != "few_step" or model.step_input,
         "sampling.solver='few_step' needs model.step_input=True, and training with few_step.objective.",
@@ -109,20 +110,21 @@ def _check_images(cfg: "Config") -> None:
             f"diffusion.{field.name}={value!r} has no meaning with {name}, which does not denoise; change that, or leave it "
             f"at {field.default!r}.",
         )
-    ignored = [*IMAGE_SAMPLING, *(["steps"] if layout.images != "masked_code" else [])]
+    ignored = [*IMAGE_SAMPLING, *(["steps"] if layout.images not in ("masked_code", "next_embedding") else [])]
     for other in [*ignored, *(["guidance"] if not layout.codes else [])]:
         value, usual = getattr(cfg.sampling, other), getattr(type(cfg.sampling)(), other)
         require(
             value == usual, f"sampling.{other}={value!r} has no meaning with {name}; change that, or leave it at {usual!r}."
         )
-    if not layout.codes:
-        unread: tuple[str, ...] = ("time", "time_embedding", "patch_head", "zero_head")
-    else:
-        unread = RAW_ONLY
+    unread: tuple[str, ...] = RAW_ONLY
+    if cfg.front_end.kind != "none":
+        unread, name = (*RAW_ONLY, "places"), f"front_end.kind={cfg.front_end.kind!r}"
+    elif not layout.codes:
+        unread = ("time", "time_embedding", "patch_head", "zero_head")
     for other in unread:
         value, usual = getattr(model, other), getattr(type(model)(), other)
         require(value == usual, f"model.{other}={value!r} has no meaning with {name}; change that, or leave it at {usual!r}.")
-    usual = type(layout)().trailing_context
+    name, usual = f"layout.images={layout.images!r}", type(layout)().trailing_context
     require(
         layout.blocks or layout.trailing_context == usual,
         f"layout.trailing_context={layout.trailing_context} has no meaning with {name}, whose images always "
@@ -134,6 +136,35 @@ def _check_images(cfg: "Config") -> None:
         return
     require(not model.lossless, f"{name} reads codes, which do not hold the whole image: set model.lossless=False.")
     require(not cfg.data.flip, f"data.flip=True mirrors raw patches, and {name} reads codes: set it to False.")
+
+
+def _check_front_end(cfg: "Config") -> None:
+    model, layout, front = cfg.model, cfg.layout, cfg.front_end
+    require(
+        layout.images != "next_embedding" or front.kind == "causal_former",
+        "layout.images='next_embedding' predicts the vectors of front_end.kind='causal_former', each of which knows only those "
+        f"before it, not of {front.kind!r}.",
+    )
+    if front.kind == "none":
+        return
+    name = f"front_end.kind={front.kind!r}"
+    require(
+        layout.images in ("read", "next_embedding"),
+        f"{name} needs layout.images='read' or 'next_embedding', not {layout.images!r}.",
+    )
+    require(
+        front.regression == "l2" or layout.images == "next_embedding",
+        f"front_end.regression={front.regression!r} has no meaning with layout.images={layout.images!r}; leave it at 'l2'.",
+    )
+    require(cfg.fixed_size is not None, f"{name} needs images of one size: set data.image_size.")
+    require(not model.lossless, f"{name} does not hold the whole image: set model.lossless=False.")
+    require(model.sparse == "none", f"model.sparse={model.sparse!r} has no meaning with {name}: set it to 'none'.")
+    width = front.width or model.width
+    require(
+        width % front.heads == 0,
+        f"front_end.heads={front.heads} does not divide the adapter's width, {width}: change front_end.heads or "
+        "front_end.width.",
+    )
 
 
 def _check_tokenizer(cfg: "Config") -> None:

@@ -2,6 +2,9 @@
 
     mmdiff train experiments/lossless_vs_discrete/tokenizers.py:vq --workdir runs/tokenizers/vq
     mmdiff train experiments/lossless_vs_discrete/systems.py:vq_ar --workdir runs/systems/vq_ar
+    python experiments/stand_ins/two_tower.py --side 32 --patch 4 --out runs/stand_ins/two_tower_32
+    python experiments/stand_ins/qformer.py --encoder runs/stand_ins/two_tower_32 --out runs/stand_ins/qformer
+    mmdiff train experiments/lossless_vs_discrete/systems.py:llava --workdir runs/systems/llava
 
     raw       raw patches, denoised: this project's own path
     read      raw patches that are only read                           Fuyu
@@ -10,6 +13,13 @@
     masked    VQ codes, masked prediction and parallel drawing         MaskGIT, Show-o
     lavit     as many codes as an image needs, of a frozen encoder's features (semantic.py)      LaVIT
     seed      8 codes of what a Q-Former says of them                                             SEED
+
+    Features of a frozen vision tower:
+
+    llava     each patch through two layers                            LLaVA 1.5
+    flamingo  resampled to 8 vectors, read in gated layers             Flamingo
+    blip2     8 queries of a Q-Former                                  BLIP-2 trained before (qformer.py)
+    emu       8 vectors, predicted one after another, then pixels      Emu
 
     pixels    pixels one after another, of images alone: how many bits these hold at most (rate.py)        PixelCNN++
 
@@ -24,19 +34,25 @@ Any other tokenizer of 32 x 32 images at patches of 4: --data.tokenizer FOLDER.
 
 import dataclasses
 
-from mmdiff.config import Config, Data, Layout, Model, Optimizer, Sampling, Training
+from mmdiff.config import Config, Data, FrontEnd, Layout, Model, Optimizer, Sampling, Tower, Training
+from mmdiff.config_front_end import Kind
 
-ARMS = ("raw", "read", "vq_ar", "fsq_ar", "masked")
-TOKENIZERS = "runs/tokenizers"
+ARMS = ("raw", "read", "vq_ar", "fsq_ar", "masked", "lavit", "seed", "llava", "flamingo", "blip2", "emu")
+TOKENIZERS, TOWER = "runs/tokenizers", "runs/stand_ins/two_tower_32"
+QFORMER = "runs/stand_ins/qformer"
+SIZES = Tower(side=32, patch=4, width=192, hidden=384, depth=4, heads=6, activation="gelu")
 MIX = (("draw", 0.4), ("caption", 0.3), ("question", 0.3))
 
 
-def config(name: str = "raw", images: str = "denoised", tokenizer: str = "", **sampling) -> Config:
-    codes = bool(tokenizer)
+def config(
+    name: str = "raw", images: str = "denoised", tokenizer: str = "", front_end: FrontEnd | None = None, **sampling
+) -> Config:
+    lossless = not tokenizer and front_end is None
     return Config(
         name=name,
-        model=Model(width=128, depth=4, patch=4, block="attention", head_width=32, lossless=not codes),
+        model=Model(width=128, depth=4, patch=4, block="attention", head_width=32, lossless=lossless),
         layout=Layout(row_length=192, images=images, max_grid=16),
+        front_end=front_end or FrontEnd(),
         data=Data(source="shapes", size=20000, max_objects=2, generator=MIX, tokenizer=tokenizer),
         optimizer=Optimizer(learning_rate=2e-3, warmup=100),
         training=Training(steps=800, batch_size=16, ema=0.99, validate_every=400, sample_every=800, checkpoint_every=400),
@@ -71,6 +87,26 @@ def lavit() -> Config:
 
 def seed() -> Config:
     return config("seed", "next_code", f"{TOKENIZERS}/seed")
+
+
+def front(kind: Kind, **settings) -> FrontEnd:
+    return FrontEnd(kind=kind, encoder=TOWER, tower=SIZES, **settings)
+
+
+def llava() -> Config:
+    return config("llava", "read", front_end=front("mlp"))
+
+
+def flamingo() -> Config:
+    return config("flamingo", "read", front_end=front("resampler", tokens=8, gated=2))
+
+
+def blip2() -> Config:
+    return config("blip2", "read", front_end=front("qformer", tokens=8, width=128, depth=4, init=QFORMER))
+
+
+def emu() -> Config:
+    return config("emu", "next_embedding", front_end=front("causal_former", tokens=8))
 
 
 def pixels() -> Config:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmdiff import config
+from mmdiff.adapters.slices import Slices
 from mmdiff.data.packing import pack_plan, row_count, waste
 from mmdiff.data.sources import Source
 from mmdiff.data.vocabulary import Vocabulary
@@ -68,6 +69,8 @@ class Batches:
         """
         if len(source) == 0:
             raise DataError("the data set holds no document.")
+        if cfg.front_end.kind != "none":
+            tokenizer = Slices(cfg)
         self.source, self.vocabulary, self.cfg, self.tokenizer = source, vocabulary, cfg, tokenizer
         self.seed = cfg.training.seed if learn else 0
         layout, data = cfg.layout, cfg.data
@@ -149,7 +152,7 @@ class Batches:
         """One document, laid out under its choices."""
         pieces = _swapped(self.pieces(index)) if choice.swap else self.pieces(index)
         if choice.flip:
-            pieces = [_flipped(p) if isinstance(p, ImagePiece) else p for p in pieces]
+            pieces = [self._flipped(p) if isinstance(p, ImagePiece) else p for p in pieces]
         if choice.drop:
             pieces = drop_text(pieces)
         pieces = self._kept(pieces)
@@ -160,7 +163,7 @@ class Batches:
             plans,
             self.vocabulary,
             self.cfg.layout,
-            patch_values=3 * model.patch**2,
+            patch_values=self.cfg.patch_values,
             positions=model.positions,
             dropped=choice.drop,
         )[0]
@@ -205,10 +208,10 @@ class Batches:
             where = self.source.where(index)
             config.check_image_size(height, width, patch, where)
             if self.tokenizer is not None:
-                size = self.tokenizer.size
+                size, what = self.tokenizer.size, "front end" if isinstance(self.tokenizer, Slices) else "tokenizer"
                 config.require(
                     (height, width) == size,
-                    f"{where}: an image of {height}x{width}, and the tokenizer takes {size[0]}x{size[1]}: set data.image_size.",
+                    f"{where}: an image of {height}x{width}, and the {what} takes {size[0]}x{size[1]}: set data.image_size.",
                 )
             ids = None
             if dynamic:
@@ -220,6 +223,13 @@ class Batches:
                 raise config.ConfigError(f"{where}: {error}") from error
             pieces.append(ImagePiece(ids, *grid, learn))
         return pieces
+
+    def _flipped(self, piece: ImagePiece) -> ImagePiece:
+        patches = np.asarray(piece.patches)
+        if self.tokenizer is not None:
+            return piece._replace(patches=self.tokenizer.encode(self.tokenizer.decode(patches[None])[:, :, ::-1])[0])
+        pixels = unpatchify(patches, piece.grid_rows, piece.grid_cols)
+        return piece._replace(patches=patchify(pixels[:, ::-1], pixels.shape[0] // piece.grid_rows))
 
     def _kept(self, pieces: Sequence[Piece]) -> list[Piece]:
         if (
@@ -318,8 +328,3 @@ def _swapped(pieces: Sequence[Piece]) -> list[Piece]:
         return list(pieces)
     first, second = pieces
     return [second._replace(learn=False), first] if isinstance(second, ImagePiece) else [second, first]
-
-
-def _flipped(piece: ImagePiece) -> ImagePiece:
-    pixels = unpatchify(np.asarray(piece.patches), piece.grid_rows, piece.grid_cols)
-    return piece._replace(patches=patchify(pixels[:, ::-1], pixels.shape[0] // piece.grid_rows))

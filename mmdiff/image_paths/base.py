@@ -6,9 +6,10 @@
     next_code       codes, in the stream       what came before    as the next token             code by code
     next_pixel      pixels, in the stream      what came before    by its distribution           pixel by pixel
     next_patch      raw patches, in the stream what came before    by regression                 patch by patch
-    read            raw patches, in the stream what came before    not                           never
+    next_embedding  vectors, in the stream     what came before    by regression                 vector by vector, then pixels
+    read            raw patches or vectors     what came before    not                           never
 
-Codes are those of data.tokenizer, in one vocabulary with the text. What stands and how it reads is laid out by
+Codes are those of data.tokenizer, in one vocabulary with the text; vectors those of `front_end` (mmdiff/adapters/). What stands and how it reads is laid out by
 mmdiff/layout.py; the other two choices are a module of this package, with the functions of `ImagePath`.
 """
 
@@ -49,7 +50,7 @@ class ImagePath(Protocol):
 
 def image_path(layout: config.Layout) -> ImagePath:
     """The one that a layout names."""
-    from mmdiff.image_paths import denoised, masked_code, next_code, next_patch, next_pixel, read
+    from mmdiff.image_paths import denoised, masked_code, next_code, next_embedding, next_patch, next_pixel, read
 
     paths: dict[str, ImagePath] = {
         "denoised": denoised,
@@ -57,6 +58,7 @@ def image_path(layout: config.Layout) -> ImagePath:
         "next_code": next_code,
         "next_pixel": next_pixel,
         "next_patch": next_patch,
+        "next_embedding": next_embedding,
         "read": read,
     }
     return paths[layout.images]

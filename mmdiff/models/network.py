@@ -18,8 +18,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mmdiff import config
+from mmdiff.adapters.tower import TOWER, named, numbered
 from mmdiff.models.rivals import Rival
-from mmdiff.models.transfusion import Transfusion, compute_type, is_layers, unrolled
+from mmdiff.models.transfusion import Transfusion, compute_type, gates, head, is_layers, unrolled
 from mmdiff.parallel.sharding import Axes, Placement
 
 
@@ -35,6 +36,9 @@ class Network:
     """Rows and columns of patches of every image, for networks that take whole images."""
     images: str = "denoised"
     """layout.images."""
+    front: config.FrontEnd = config.FrontEnd()
+    size: tuple[int, int] | None = None
+    """Height and width of every image, for front ends."""
 
     @classmethod
     def of(cls, cfg: config.Config, vocabulary_size: int, mesh: Mesh | None = None) -> "Network":
@@ -47,7 +51,9 @@ class Network:
         if cfg.model.network != "transfusion" and cfg.fixed_size is not None:
             height, width = cfg.fixed_size
             grid = height // cfg.model.patch, width // cfg.model.patch
-        return cls(cfg.model, vocabulary_size if cfg.layout.markers else 0, mesh, grid, cfg.layout.images)
+        size = cfg.fixed_size if cfg.front_end.kind != "none" else None
+        words = vocabulary_size if cfg.layout.markers else 0
+        return cls(cfg.model, words, mesh, grid, cfg.layout.images, cfg.front_end, size)
 
     def check_size(self, height: int, width: int) -> None:
         """Raises ConfigError for an image that a network for images of one size cannot take."""
@@ -61,12 +67,18 @@ class Network:
 
     @property
     def patch_values(self) -> int:
-        return 3 * self.cfg.patch**2
+        """Channel values of pixels at one position of a row."""
+        return 3 * self.cfg.patch**2 if self.size is None else self.front.values(*self.size, self.cfg.patch)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Parts of the parameters that are never trained."""
+        return (TOWER,) if self.size is not None and self.front.frozen else ()
 
     @property
     def cached_layers(self) -> int:
         """Layers whose keys and values sampling keeps."""
-        return self.cfg.depth if self.cfg.network == "transfusion" else 0
+        return self.cfg.depth + gates(self.cfg, self.front) if self.cfg.network == "transfusion" else 0
 
     @property
     def place(self) -> Placement:
@@ -75,10 +87,7 @@ class Network:
     @property
     def head(self) -> tuple[int, int, int]:
         """Heads, key width and value width of a cache entry."""
-        cfg = self.cfg
-        if cfg.block == "gau":
-            return 1, cfg.key_width, cfg.expansion * cfg.width
-        return cfg.width // cfg.head_width, cfg.head_width, cfg.head_width
+        return head(self.cfg)
 
     @property
     def cache_axes(self) -> tuple[Axes, Axes]:
@@ -98,18 +107,23 @@ class Network:
     def _module(self, key=0) -> Any:
         if self.cfg.network != "transfusion":
             return Rival(self.cfg, self.grid, nnx.Rngs(params=key), self.place)
-        return Transfusion(self.cfg, self.vocabulary_size, nnx.Rngs(params=key), self.place, self.images)
+        front = None if self.size is None else (self.front, self.size)
+        return Transfusion(self.cfg, self.vocabulary_size, nnx.Rngs(params=key), self.place, self.images, front)
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Fresh parameters: a plain nested dict of float32 arrays."""
-        return nnx.to_pure_dict(nnx.state(self._module(key)))
+        return named(nnx.to_pure_dict(nnx.state(self._module(key))))
 
     @functools.lru_cache  # noqa: B019  networks are few
     def axes(self) -> dict[str, Any]:
         """The names of every parameter's axes: a tuple where `init` has an array."""
         variables = nnx.state(nnx.eval_shape(self._module))
-        named = lambda path, v: (*[None] * (v.ndim - len(v.get_metadata()["axes"])), *v.get_metadata()["axes"])
-        return nnx.to_pure_dict(nnx.map_state(named, variables))
+
+        def of(path, variable):  # modules of mmdiff/pretrained name none
+            axes = variable.get_metadata().get("axes", ())
+            return (*[None] * (variable.ndim - len(axes)), *axes)
+
+        return named(nnx.to_pure_dict(nnx.map_state(of, variables)))
 
     def stored(self, params: dict[str, Any]) -> dict[str, Any]:
         """Parameters, or anything of their structure, told to XLA to lie as stored parameters do; call it inside jit."""
@@ -117,7 +131,8 @@ class Network:
         def constrain(leaf, axes):
             return tuple(self.place(a, *axes[1:]) for a in leaf) if is_layers(leaf) else self.place(leaf, *axes)
 
-        return jax.tree.map(constrain, params, self.axes(), is_leaf=is_layers)
+        axes = {name: self.axes()[name] for name in params}  # gradients lack what is frozen
+        return jax.tree.map(constrain, params, axes, is_leaf=is_layers)
 
     def separate(self, params: dict[str, Any]) -> dict[str, Any]:
         """The same parameters with a tuple of per-layer arrays for each stacked one; `restack` undoes it.
@@ -139,4 +154,4 @@ class Network:
 
     def bind(self, params: dict[str, Any]) -> Any:
         """The module with these parameters."""
-        return nnx.merge(nnx.graphdef(nnx.eval_shape(self._module)), params)
+        return nnx.merge(nnx.graphdef(nnx.eval_shape(self._module)), numbered(params))

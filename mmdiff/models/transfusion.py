@@ -19,6 +19,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from mmdiff import config
+from mmdiff.adapters.front_end import FrontEnd
+from mmdiff.adapters.gated import GatedCrossAttention
+from mmdiff.adapters.tower import make_tower
 from mmdiff.layout import TIME, IntervalMask
 from mmdiff.models.patches import MIXTURE_VALUES, TIME_FREQUENCIES, Codes, RawPatches, time_features
 from mmdiff.nn import strided
@@ -57,6 +60,7 @@ class Embedded(NamedTuple):
     x: jax.Array  # [b, t, d]
     time: jax.Array | None = None  # [b, t, TIME_WIDTH], with model.time="adaln"
     cell: jax.Array | None = None  # int32 [b, t, 4], with model.sparse
+    shown: tuple[jax.Array, jax.Array] | None = None  # vectors [b, t, d] and where they are, bool [b, t]; front_end.gated
 
 
 class Skip(nnx.Module):
@@ -89,7 +93,9 @@ class Transfusion(nnx.Module):
         rngs: nnx.Rngs,
         place: Placement = NOWHERE,
         images: str = "denoised",
+        front: tuple[config.FrontEnd, tuple[int, int]] | None = None,
     ):
+        """`front`: a front end, and the size of every image."""
         self.cfg, self.vocabulary_size, self.place = cfg, vocabulary_size, place
         words = -(-vocabulary_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         block = GatedAttentionUnit if cfg.block == "gau" else TransformerBlock
@@ -99,12 +105,21 @@ class Transfusion(nnx.Module):
             self.text_embedding = parameter(table, ("vocabulary", "width"))
         self.image: Any
         self.codes = images in ("next_code", "masked_code")
-        if self.codes:
+        self.fronted = front is not None
+        if front is not None:
+            self.tower = make_tower(front[0], rngs)
+            self.image = FrontEnd(cfg, *front, rngs, place, draws=images == "next_embedding")
+        elif self.codes:
             self.image = Codes(cfg, rngs, place)
         else:
             outputs = {"read": 0, "next_pixel": MIXTURE_VALUES}.get(images)
             self.image = RawPatches(cfg, rngs, place, outputs)
         self.blocks = jax.vmap(lambda key: block(cfg, nnx.Rngs(params=key), place))(layer_keys)
+        self.gates = gates(cfg, front[0]) if front is not None else 0
+        if self.gates:
+            gate_keys = jax.random.split(rngs.params(), self.gates)
+            gated = lambda key: GatedCrossAttention(cfg, head(cfg), nnx.Rngs(params=key), place)
+            self.gated = jax.vmap(gated)(gate_keys)
         if cfg.skip != "none":
             skip_keys = jax.random.split(rngs.params(), cfg.depth // 2)
             self.skips = jax.vmap(lambda key: Skip(cfg, nnx.Rngs(params=key), place))(skip_keys)
@@ -117,8 +132,12 @@ class Transfusion(nnx.Module):
 
     def embed(self, tokens, is_patch, z, u, cell, step=None) -> Embedded:
         """tokens, is_patch, u, step [b, t], z [b, t, p], cell [b, t, 4] to the stack's input, in the compute type."""
-        dtype = compute_type(self.cfg, self.place)
-        x = self.image.embed(z, u, cell, step).astype(dtype)
+        dtype, shown = compute_type(self.cfg, self.place), None
+        if self.fronted:
+            vectors = self.image.embed(z, cell, as_type(self.tower, dtype)).astype(dtype)
+            x, shown = self.image.standing(vectors), (vectors, is_patch) if self.gates else None
+        else:
+            x = self.image.embed(z, u, cell, step).astype(dtype)
         if self.vocabulary_size:
             scale = self.cfg.width**0.5 if self.cfg.tie_embeddings else 1.0
             text = gather(self.text_embedding, dtype, self.place)[tokens] * scale
@@ -130,7 +149,7 @@ class Transfusion(nnx.Module):
         if self.cfg.time == "adaln":
             time = jax.nn.silu(self.time_in(time_features(u))).astype(dtype)
         cell = jnp.asarray(cell) if self.cfg.sparse != "none" else None
-        return Embedded(self.place(x, "rows", None, None), time, cell)
+        return Embedded(self.place(x, "rows", None, None), time, cell, shown)
 
     def stack(
         self,
@@ -160,22 +179,29 @@ class Transfusion(nnx.Module):
             return self.place(x if back is None else strided.taken(x, back), "rows", None, None), kept
 
         stacked = not isinstance(jax.tree.leaves(self.blocks, is_leaf=is_layers)[0], tuple)
-        alike = cfg.sparse == "none"  # all layers: else they are unrolled
+        alike = cfg.sparse == "none" and not self.gates  # all layers: else they are unrolled
         scanned = stacked and context is None and not keep and alike and not unrolled(self.cfg, self.place)
+        gate = lambda x, block, before: block(x, *embedded.shown, mask, before)
         if self.cfg.remat != "none" or self.place.split:
             layer = jax.checkpoint(layer, policy=KEPT[self.cfg.remat], prevent_cse=not scanned)
+            gate = jax.checkpoint(gate, policy=KEPT[self.cfg.remat])
         if scanned:
             return self._scan(layer, x), None
         kept: list[Any] = []
         inputs: list[jax.Array] = []
         skips = unstack(self.skips, cfg.depth // 2) if cfg.skip != "none" else []
+        gated, read = unstack(self.gated, self.gates) if self.gates else [], []
         for index, block in enumerate(unstack(self.blocks, cfg.depth)):
+            if gated and index % self.image.front.gated == 0:
+                number = index // self.image.front.gated
+                x, own = gate(x, gated[number], context[cfg.depth + number] if context is not None else None)
+                read.append(own)
             if skips and index >= cfg.depth - len(skips):
                 x = skips[index - (cfg.depth - len(skips))](x, inputs[cfg.depth - 1 - index])
             inputs.append(x)
             x, own = layer(x, block, context[index] if context is not None else None, arounds[index % len(arounds)])
             kept.append(own)
-        return x, tuple(kept) if keep else None
+        return x, (*kept, *read) if keep else None
 
     def _around(self, embedded: Embedded, position: jax.Array, view: View) -> Around:
         """What a layer is told of positions [b, t, 2] in the order of its view."""
@@ -190,7 +216,7 @@ class Transfusion(nnx.Module):
     def columns(self, cell: jax.Array, column: jax.Array) -> list[jax.Array]:
         """Where each layer's buffers (attention.Growing) take token number `column` of what is written, in cells [b, 4]."""
         if self.cfg.sparse == "none":
-            return [column] * self.cfg.depth
+            return [column] * (self.cfg.depth + self.gates)
         down = jnp.where(cell[:, 2] > 0, strided.by_column(cell), column)
         return [column if layer % 2 else down for layer in range(self.cfg.depth)]
 
@@ -284,6 +310,24 @@ def compute_type(cfg: config.Model, place: Placement):
     if cfg.compute == "auto":
         return jnp.dtype("float32") if platform(place) == "cpu" else jnp.dtype("bfloat16")
     return jnp.dtype(cfg.compute)
+
+
+def head(cfg: config.Model) -> tuple[int, int, int]:
+    """Heads, key width and value width of a layer."""
+    if cfg.block == "gau":
+        return 1, cfg.key_width, cfg.expansion * cfg.width
+    return cfg.width // cfg.head_width, cfg.head_width, cfg.head_width
+
+
+def gates(cfg: config.Model, front: config.FrontEnd) -> int:
+    """How many gated layers there are between those of the model."""
+    return -(-cfg.depth // front.gated) if front.gated else 0
+
+
+def as_type(module: nnx.Module, dtype) -> Any:
+    """A module of mmdiff/pretrained, which computes in the type of its parameters."""
+    graph, state = nnx.split(module)
+    return nnx.merge(graph, jax.tree.map(lambda leaf: leaf.astype(dtype), state))
 
 
 def platform(place: Placement) -> str:

@@ -152,14 +152,14 @@ def _tx(cfg: config.Config):
 def abstract_state(cfg: config.Config, network: Network, mesh: Mesh):
     """Shapes, types and shardings of the training state."""
     tx = _tx(cfg)
-    state = jax.eval_shape(lambda: train_state.create(network.init(jax.random.key(0)), tx, 0))
+    state = jax.eval_shape(lambda: train_state.create(network.init(jax.random.key(0)), tx, 0, network.frozen))
     where = train_state.shardings(state, network.axes(), mesh)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, where)
 
 
 def abstract_rows(cfg: config.Config, mesh: Mesh) -> Rows:
     """Shapes, types and shardings of a batch."""
-    row, size = empty_row(cfg.layout.row_length, 3 * cfg.model.patch**2), cfg.training.batch_size
+    row, size = empty_row(cfg.layout.row_length, cfg.patch_values), cfg.training.batch_size
 
     def abstract(a):
         shape = (size, *a.shape)
@@ -224,8 +224,8 @@ def _operations(cfg: config.Config, vocabulary_size: int) -> dict[str, float | N
     """
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention="dense"))
     network = Network.of(cfg, vocabulary_size)
-    state = jax.eval_shape(lambda: train_state.create(network.init(jax.random.key(0)), _tx(cfg), 0))
-    row = empty_row(cfg.layout.row_length, 3 * cfg.model.patch**2)
+    state = jax.eval_shape(lambda: train_state.create(network.init(jax.random.key(0)), _tx(cfg), 0, network.frozen))
+    row = empty_row(cfg.layout.row_length, cfg.patch_values)
     rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((cfg.training.batch_size, *a.shape), a.dtype), row)
     return {
         "flops_per_step": flops.training_flops(cfg, vocabulary_size),

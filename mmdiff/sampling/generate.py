@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mmdiff import config
+from mmdiff.adapters.slices import Slices
 from mmdiff.config_files import run_config
 from mmdiff.data.vocabulary import Vocabulary
 from mmdiff.diffusion import grids
@@ -54,6 +55,8 @@ class Model:
         """
         if weak is not None:
             check_weaker(cfg, vocabulary, weak)
+        if cfg.front_end.kind != "none":
+            tokenizer = Slices(cfg)
         self.cfg, self.vocabulary, self.between, self.tuned = cfg, vocabulary, between, dict(tuned or {})
         self.network = Network.of(cfg, vocabulary.size, mesh)
         self.params = jax.jit(self.network.separate)(params)
@@ -186,7 +189,7 @@ class Model:
         size = self.tokenizer.size
         config.require(
             options.image_size in (None, size),
-            f"image_size={options.image_size}: the tokenizer decodes images of {size[0]}x{size[1]} alone; leave it out.",
+            f"image_size={options.image_size}: this model knows images of {size[0]}x{size[1]} alone; leave it out.",
         )
         return dataclasses.replace(options, image_size=None if self.tokenizer.dynamic else size)
 

@@ -178,8 +178,7 @@ def _lay_out(model, document: Document) -> Rows:
     if not layout.markers:
         pieces = learnt_images(pieces)
     plans = plan_images(pieces, layout, trailing_context=False)
-    values = 3 * cfg.model.patch**2
-    return lay_out(pieces, plans, model.vocabulary, layout, patch_values=values, positions=cfg.model.positions)[0]
+    return lay_out(pieces, plans, model.vocabulary, layout, patch_values=cfg.patch_values, positions=cfg.model.positions)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("network", "ids"))

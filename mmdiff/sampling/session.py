@@ -317,7 +317,7 @@ class Session:
             plans,
             self.model.vocabulary,
             clean,
-            patch_values=self._patch_values,
+            patch_values=cfg.patch_values,
             positions=cfg.model.positions,
             end=False,
         )
@@ -344,10 +344,6 @@ class Session:
 
     def _reserve(self, slots: int) -> None:
         self.cache = grow(self.cache, slots)
-
-    @property
-    def _patch_values(self) -> int:
-        return 3 * self.model.cfg.model.patch**2
 
     def _rows(self, tree: T, take: np.ndarray) -> T:
         if np.array_equal(take, np.arange(len(self.drafts))):

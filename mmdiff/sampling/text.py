@@ -24,6 +24,7 @@ from mmdiff.nn.attention import Growing, KeyValue, squeezed
 from mmdiff.sampling.cache import Cache, append, capacity, grow
 
 if TYPE_CHECKING:
+    from mmdiff.models.transfusion import Embedded
     from mmdiff.sampling.image import Canvas
 
 TEXT, MARKER, ROWS, COLS, DRAW, DONE = range(6)
@@ -219,10 +220,18 @@ def one_token(
     Returns:
       hidden [b, 1, d], and the buffers with its keys and values.
     """
-    count, slots = len(token), capacity(cache)
-    one = jnp.zeros((count, 1), jnp.int32)
+    count = len(token)
     patch = jnp.zeros((count, model.image.values)) if z is None else z
     x = model.embed(token[:, None], jnp.full((count, 1), is_patch), patch[:, None], jnp.zeros((count, 1)), cell[:, None])
+    return one_embedded(model, cache, fresh, column, x, place, cell)
+
+
+def one_embedded(
+    model, cache: Cache, fresh: tuple[KeyValue, ...], column: jax.Array, x: "Embedded", place: jax.Array, cell: jax.Array
+):
+    """`one_token` of what stands at one position of each document, embedded."""
+    count, slots = len(place), capacity(cache)
+    one = jnp.zeros((count, 1), jnp.int32)
     mask = IntervalMask(one, cache.length[:, None], one + slots, one + slots + column + 1)
     context = tuple(map(Growing, cache.layers, fresh, model.columns(cell, column)))
     return model.stack(x, place[:, None], mask, context, keep=True)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mmdiff import config
+from mmdiff.adapters.front_end import find, look
 from mmdiff.image_paths.base import image_path
 from mmdiff.layout import Rows, empty_row
 from mmdiff.models.network import Network
@@ -16,7 +17,8 @@ from mmdiff.tokenizers.network import TokenizerNetwork
 
 
 def training_flops(cfg: config.Config, vocabulary_size: int) -> float:
-    """Floating-point operations of one training step: three times those counted in the traced forward pass.
+    """Floating-point operations of one training step: three times those counted in the traced forward pass, of which a frozen
+    vision tower counts once.
 
     Attention in its dense form and at full row length; what the backward pass computes again does not count. The further
     evaluations of few-step training have no backward pass.
@@ -29,20 +31,31 @@ def training_flops(cfg: config.Config, vocabulary_size: int) -> float:
     rows = _abstract_rows(cfg)
     path, plain = image_path(cfg.layout), dataclasses.replace(cfg, few_step=config.FewStep())
     key = jax.eval_shape(lambda: jax.random.key(0))
+    once = _frozen_flops(network, rows)  # has no backward pass
 
     def counted(cfg: config.Config) -> float:
         noise = jax.eval_shape(functools.partial(path.noise, network, cfg), rows, key)
         return counted_flops(functools.partial(path.losses, network, cfg), params, rows, *noise)
 
     if cfg.few_step.objective == "none":
-        return 3 * counted(cfg)
+        return 3 * counted(cfg) - 2 * once
     return 2 * counted(plain) + counted(cfg)
 
 
 def _abstract_rows(cfg: config.Config) -> Rows:
     """Shapes of a batch."""
-    row = empty_row(cfg.layout.row_length, 3 * cfg.model.patch**2)
+    row = empty_row(cfg.layout.row_length, cfg.patch_values)
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct((cfg.training.batch_size, *a.shape), a.dtype), row)
+
+
+def _frozen_flops(network: Network, rows: Rows) -> float:
+    """The forward pass of a frozen vision tower over all images of a batch, as many as rows have room for."""
+    if not network.frozen or network.size is None:
+        return 0.0
+    found = jax.eval_shape(functools.partial(find, grid=network.front.grid), rows.patches, rows.cell)
+    pixels = jax.ShapeDtypeStruct((found.at.shape[0] * found.at.shape[1], *network.size, 3), jnp.float32)
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    return counted_flops(lambda params, pixels: look(network.bind(params).tower, pixels, network.front), params, pixels)
 
 
 def _tokenizer_flops(cfg: config.Config, vocabulary_size: int) -> float:

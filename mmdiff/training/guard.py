@@ -32,16 +32,17 @@ def apply_guarded(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimiser update, or none if `loss` (any shape) or the gradient norm is not finite.
 
-    Pure and jittable. A finite gradient whose float32 norm overflows counts as not finite.
+    Parts of the parameters without gradients are frozen: no update, no weight decay and no average touches them. Pure and jittable. A finite gradient whose float32 norm overflows counts as not finite.
 
     Returns:
       the next state, and float32 [] `grad_norm` (before clipping) with int32 [] `skips` and `skipped`.
     """
     norm = optax.tree.norm(grads)
     ok = jnp.isfinite(norm) & jnp.all(jnp.isfinite(loss))
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = update_ema(state.ema, params, ema_decay, state.step, ema_start)
+    own, average = (_trained(tree, grads) for tree in (state.params, state.ema))
+    updates, opt_state = tx.update(grads, state.opt_state, own)
+    params = optax.apply_updates(own, updates)
+    ema = update_ema(average, params, ema_decay, state.step, ema_start)
 
     def choose(new, old):  # a select fuses with the update; lax.cond would copy both trees
         return jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
@@ -51,13 +52,21 @@ def apply_guarded(
     state = dataclasses.replace(
         state,
         step=state.step + 1,  # always: the step names the batch, and a bad batch must not come again
-        params=choose(params, state.params),
-        ema=choose(ema, state.ema),
+        params=_joined(state.params, choose(params, own)),
+        ema=_joined(state.ema, choose(ema, average)),
         opt_state=choose(opt_state, state.opt_state),
         skips=skips,
         skipped=skipped,
     )
     return state, {"grad_norm": norm, "skips": skips, "skipped": skipped}
+
+
+def _trained(tree: Any, grads: Any) -> Any:
+    return {name: tree[name] for name in grads} if isinstance(grads, dict) else tree
+
+
+def _joined(tree: Any, trained: Any) -> Any:
+    return tree | trained if isinstance(trained, dict) else trained
 
 
 def check_diverged(skips: int, max_skips: int, step: int) -> None:

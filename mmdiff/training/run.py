@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from mmdiff import config
+from mmdiff.adapters.folders import front_end_parameters
 from mmdiff.data.batches import Batches
 from mmdiff.data.sources import Source, open_source, open_vocabulary
 from mmdiff.data.vocabulary import Vocabulary
@@ -44,17 +45,25 @@ class Run:
     def new_state(self) -> TrainState:
         """The state before the first step; a function of the seed."""
         params = self.network.init(jax.random.fold_in(jax.random.key(self.cfg.training.seed), 1))
-        return train_state.create(params, self.tx, self.cfg.training.seed)
+        return self._created(params)
+
+    def _created(self, params: dict[str, Any]) -> TrainState:
+        frozen = self.network.frozen if isinstance(self.network, Network) else ()
+        return train_state.create(params, self.tx, self.cfg.training.seed, frozen)
 
     def first_state(self) -> TrainState:
-        """`new_state` on the mesh, its parameters those of `training.init` as far as that has them.
+        """`new_state` on the mesh, its parameters those of `training.init` as far as that has them, or those of the
+        front end's folders.
 
         Raises:
-          ConfigError: the other run's parameters do not fit. DataError: it is no run.
+          ConfigError: the other run's parameters do not fit. DataError: it is no run, or a folder does not hold what it should.
         """
         where = jax.tree.map(lambda a: a.sharding, self.abstract_state())
         init = self.cfg.training.init
-        given = self.network.given() if isinstance(self.network, TokenizerNetwork) else {}
+        if isinstance(self.network, TokenizerNetwork):
+            given = self.network.given()
+        else:
+            given = {} if init else front_end_parameters(self.cfg.front_end, self.cfg.model.width)
         if init:
             restored, _ = restore_params(Path(init) / "checkpoints")
             given |= self.network.inherited(restored) if isinstance(self.network, TokenizerNetwork) else restored
@@ -62,8 +71,7 @@ class Run:
             return jax.jit(self.new_state, out_shardings=where)()
 
         def started(given) -> TrainState:
-            fresh = self.new_state()
-            return train_state.create(merged(fresh.params, given, init), self.tx, self.cfg.training.seed)
+            return self._created(merged(self.new_state().params, given, init))
 
         return jax.jit(started, out_shardings=where)(jax.tree.map(np.asarray, given))
 

@@ -16,7 +16,7 @@ a sum of integers does not depend on how the array is sharded.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -49,13 +49,17 @@ class TrainState:
     skipped: jax.Array
 
 
-def create(params: Any, tx: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step. No two leaves share a buffer, so a jitted step may donate all of it."""
+def create(params: Any, tx: optax.GradientTransformation, seed: int, frozen: Collection[str] = ()) -> TrainState:
+    """The state before the first step. No two leaves share a buffer, so a jitted step may donate all of it.
+
+    `frozen`: parts of the parameters that never change, which the optimiser does not know.
+    """
+    trained = {name: part for name, part in params.items() if name not in frozen} if frozen else params
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         ema=jax.tree.map(lambda p: jnp.array(p, copy=True), params),
-        opt_state=tx.init(params),
+        opt_state=tx.init(trained),
         key=jax.random.key(seed),
         skips=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),

@@ -60,13 +60,15 @@ def make_train_step(
         text_weight = jnp.maximum(rows.text_weight[:, 1:].sum(), 1e-9)
         image_weight = jnp.maximum(rows.image_weight.sum(), 1e-9)
 
+        # cut into layers once, not once per piece
+        params = dict(network.separate(state.params) if network.unrolled else state.params)
+        frozen = {name: params.pop(name) for name in network.frozen}
+
         def loss_of(params, piece):
-            sums = path.losses(network, cfg, params, *piece)
+            sums = path.losses(network, cfg, params | frozen, *piece)
             return sums.text / text_weight + diffusion.image_scale * sums.image / image_weight, sums
 
         grad_of = jax.value_and_grad(loss_of, has_aux=True)
-        # cut into layers once, not once per piece
-        params = network.separate(state.params) if network.unrolled else state.params
         if pieces == 1:
             (_, sums), grads = grad_of(params, (rows, *noise))
         else:

@@ -1,0 +1,153 @@
+"""Runs behind a front end: the tower is read once, kept, and never changes; what does not fit is told in one line."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import mmdiff
+from mmdiff.adapters.folders import front_end_parameters
+from mmdiff.adapters.qformer_losses import Pretraining
+from mmdiff.adapters.tower import TOWER
+from mmdiff.config import Config, ConfigError, Data, FrontEnd, Layout, Model, Optimizer, Training
+from mmdiff.document import DataError, Document
+from mmdiff.pretrained.load import save_module
+from mmdiff.training.checkpoint import restore_params
+from mmdiff.training.flops import training_flops
+from mmdiff.training.loop import train
+from mmdiff.training.state import named_leaves
+from tests.adapters.tiny import MANY, configuration, picture, write_tower
+from flax import nnx
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tower")
+    write_tower(folder)
+    return folder
+
+
+def experiment(encoder, **front) -> Config:
+    cfg = configuration("mlp", encoder=encoder)
+    return dataclasses.replace(
+        cfg,
+        front_end=dataclasses.replace(cfg.front_end, **front),
+        layout=Layout(row_length=96, max_grid=4, images="read"),
+        data=Data(source="shapes", generator=(("caption", 1.0),), generator_image_size=8, vocabulary="bytes", size=8),
+        optimizer=Optimizer(learning_rate=1e-2, warmup=0, weight_decay=0.1),
+        training=Training(steps=2, batch_size=2, log_every=1, checkpoint_every=1, sample_every=2, validation_rows=2, keep=2),
+    )
+
+
+def test_a_run_keeps_its_tower_to_the_bit(tower, tmp_path):
+    """Under weight decay and a moving average, after the tower's own folder has gone; resumed to the same bits."""
+    elsewhere = tmp_path / "moved"
+    shutil.copytree(tower, elsewhere)
+    given = named_leaves(front_end_parameters(configuration("mlp", encoder=tower).front_end, 32))
+    cfg, run = experiment(elsewhere), tmp_path / "run"
+    train(cfg, run)
+    shutil.rmtree(elsewhere)
+    before = {ema: named_leaves(restore_params(run / "checkpoints", ema=ema, step=1)[0]) for ema in (False, True)}
+    after = {ema: named_leaves(restore_params(run / "checkpoints", ema=ema)[0]) for ema in (False, True)}
+    for ema in (False, True):
+        assert {name for name in after[ema] if name.startswith(f"{TOWER}/")} == set(given)
+        for name, leaf in after[ema].items():
+            same = np.array_equal(leaf, before[ema][name])
+            assert same if name in given else not same or not np.any(leaf), name
+            if name in given:
+                np.testing.assert_array_equal(leaf, given[name])
+    model = mmdiff.load(run)
+    (told,) = model.generate([Document(picture())], max_tokens=4)
+    assert told.images[0].pixels.tobytes() == picture().pixels.tobytes() and len(told.segments) <= 2
+    with pytest.raises(DataError, match=r"only reads them \(layout\.images='read'\)"):
+        model.generate([Document("a", mmdiff.IMG)])
+    scores = model.score([Document(picture(1), "ab"), Document(picture(2), "ab")])
+    assert all(set(score) == {"text_nats_per_byte", "text_bits_per_byte"} for score in scores)
+    assert scores[0] != scores[1]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: float(line["loss"]).hex() for line in lines if "loss" in line}
+    shutil.rmtree(run / "checkpoints" / "2")
+    (run / "metrics.jsonl").unlink()
+    train(cfg, run)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {line["step"]: float(line["loss"]).hex() for line in lines if "loss" in line} == {2: losses[2]}
+
+
+def test_what_a_folder_does_not_hold_is_told(tower, tmp_path):
+    def refused(front: FrontEnd, told: str, kind=ConfigError):
+        with pytest.raises(kind, match=told) as problem:
+            front_end_parameters(front, 32)
+        assert "\n" not in str(problem.value)
+
+    front = configuration("mlp", encoder=tower).front_end
+    other = dataclasses.replace(front.tower, depth=3)
+    refused(dataclasses.replace(front, tower=other), r"front_end\.tower\.depth=3, and .* num_hidden_layers=2: set it to that")
+    refused(dataclasses.replace(front, encoder=str(tmp_path / "none")), "config.json: not there", DataError)
+    folder = tmp_path / "qformer"
+    former = Pretraining(16, 3, 16, 2, 2, 8, nnx.Rngs(0))
+    sizes = {"tokens": 3, "width": 16, "depth": 2, "heads": 2, "features": 16, "skipped": 1}
+    save_module(former, folder, sizes)
+    front = dataclasses.replace(front, kind="qformer", init=str(folder), **MANY)
+    given = named_leaves(front_end_parameters(front, 32)["image"])
+    np.testing.assert_array_equal(given["adapter/former/queries"], former.former.queries[...])
+    shapes = named_leaves(jax.eval_shape(network_of(front).init, jax.random.key(0))["image"])
+    assert {name for name in shapes if "/former/" in name} == set(given)
+    assert all(shapes[name].shape == leaf.shape for name, leaf in given.items())
+    refused(dataclasses.replace(front, tokens=4), r"front_end\.tokens=4, and the Q-Former in .* was trained with 3")
+
+
+def network_of(front: FrontEnd):
+    from mmdiff.models.network import Network
+
+    return Network.of(dataclasses.replace(configuration("mlp"), front_end=front), 300)
+
+
+def test_a_frozen_tower_counts_once():
+    """One more layer of the tower, in operations: forwards alone where it is frozen, three times where it is trained."""
+
+    def flops(depth: int, frozen: bool) -> float:
+        cfg = configuration("mlp", frozen=frozen)
+        tower = dataclasses.replace(cfg.front_end.tower, depth=depth)
+        return training_flops(dataclasses.replace(cfg, front_end=dataclasses.replace(cfg.front_end, tower=tower)), 300)
+
+    images = (64 + 3) // 8 * configuration("mlp").training.batch_size
+    layer = 2 * images * 5 * (4 * 16 * 16 + 2 * 16 * 16 + 2 * 5 * 16)
+    assert flops(3, True) - flops(2, True) == layer
+    assert flops(3, False) - flops(2, False) == 3 * layer
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"front_end": {"kind": "none"}}, r"front_end\.encoder='somewhere' has no meaning with front_end\.kind='none'"),
+        ({"front_end": {"encoder": ""}}, r"front_end\.kind='mlp' needs front_end\.encoder"),
+        ({"front_end": {"tokens": 3}}, r"front_end\.tokens=3 has no meaning with front_end\.kind='mlp'"),
+        ({"front_end": {"kind": "resampler"}}, r"front_end\.tokens=0 must be at least 1"),
+        ({"front_end": {"kind": "qformer", **MANY, "gated": 1}}, r"front_end\.gated=1 has no meaning"),
+        ({"front_end": {"kind": "resampler", **MANY, "heads": 3}}, r"front_end\.heads=3 does not divide"),
+        ({"front_end": {"skipped": 2}}, r"front_end\.skipped=2 must be from 0 to 1"),
+        ({"layout": {"images": "denoised"}}, r"needs layout\.images='read' or 'next_embedding'"),
+        ({"layout": {"images": "next_embedding"}}, r"predicts the vectors of front_end\.kind='causal_former'"),
+        ({"data": {"image_size": None}}, r"needs images of one size"),
+        ({"model": {"lossless": True}}, r"set model\.lossless=False"),
+        ({"model": {"places": "sincos"}}, r"model\.places='sincos' has no meaning with front_end\.kind='mlp'"),
+        ({"front_end": {"kind": "causal_former", **MANY, "regression": "cosine"}}, r"regression='cosine' has no meaning"),
+    ],
+)
+def test_what_cannot_work_is_refused(changes, told):
+    cfg = configuration("mlp")
+    with pytest.raises(ConfigError, match=told):
+        groups = {name: dataclasses.replace(getattr(cfg, name), **values) for name, values in changes.items()}
+        dataclasses.replace(cfg, **groups)
+
+
+def test_old_configurations_are_what_they_were():
+    """A run from before there were front ends goes on, and is known by the same fingerprint."""
+    values = json.loads(Config(model=Model(width=128)).to_json())
+    del values["front_end"]
+    old = Config.from_json(json.dumps(values))
+    assert old == Config(model=Model(width=128)) and "front_end" not in values
+    assert old.fingerprint() != configuration("mlp").fingerprint() != configuration("linear").fingerprint()
