@@ -13,10 +13,10 @@ from typing import Literal
 
 from mmdiff import config_checks
 from mmdiff.config_model import AUTOENCODERS, ConfigError, Model, require, suggest
-from mmdiff.config_tokenizer import Tokenizer
+from mmdiff.config_tokenizer import Tokenizer, Tower
 
 __all__ = ["Config", "ConfigError", "Data", "Diffusion", "Layout", "Mesh", "Model", "Optimizer", "Sampling", "Training"]
-__all__ += ["AUTOENCODERS", "Tokenizer", "check_image_size", "require", "suggest"]
+__all__ += ["AUTOENCODERS", "Tokenizer", "Tower", "check_image_size", "require", "suggest"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -144,6 +144,14 @@ def _check_tokenizer(cfg: "Config") -> None:
         f"tokenizer.latents={settings.latents} needs model.network='vit_autoencoder'; 0 is one code for each patch.",
     )
     require(
+        settings.quantizer != "v2l" or settings.latents == 0,
+        f"tokenizer.latents={settings.latents}: with tokenizer.quantizer='v2l' local codes stand for patches; set it to 0.",
+    )
+    require(
+        settings.quantizer != "v2l" or model.network == "conv_autoencoder" or model.depth > 1,
+        f"model.depth={model.depth}: a v2l decoder reads its words between two halves of its blocks; set it to 2 or more.",
+    )
+    require(
         cfg.training.accumulate == 1,
         f"training.accumulate={cfg.training.accumulate}: a codebook learns from whole batches; set it to 1.",
     )

@@ -93,8 +93,12 @@ class Tokenizer:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns in which the codes of an image stand: those of its patches, or one row of latents."""
-        return (1, self.network.length) if self.network.tokenizer.latents else self.network.grid
+        """Rows and columns in which the codes of an image stand: those of its patches, or one row of latents. Words about the
+        whole image stand above its patches if they fill rows of their own, else all is one row."""
+        (rows, cols), words = self.network.grid, self.network.global_tokens
+        if self.network.tokenizer.latents or words % cols:
+            return 1, self.network.length
+        return rows + words // cols, cols
 
     @property
     def codes(self) -> int:
