@@ -1,4 +1,4 @@
-"""Five ways for images to enter and leave one transformer, on the same documents (E5: joint.py; each also by itself).
+"""Six ways for images to enter and leave one transformer, on the same documents (E5: joint.py; each also by itself).
 
     mmdiff train experiments/lossless_vs_discrete/tokenizers.py:vq --workdir runs/tokenizers/vq
     mmdiff train experiments/lossless_vs_discrete/systems.py:vq_ar --workdir runs/systems/vq_ar
@@ -8,6 +8,7 @@
     vq_ar     VQ codes, next-token prediction in one vocabulary        LWM, Chameleon, LlamaGen
     fsq_ar    the same with FSQ codes
     masked    VQ codes, masked prediction and parallel drawing         MaskGIT, Show-o
+    v2l       words of a language model as codes, next-token           V2L's tokens, in a model of our own
 
     pixels    pixels one after another, of images alone: how many bits these hold at most (rate.py)        PixelCNN++
 
@@ -53,6 +54,12 @@ def fsq_ar() -> Config:
 
 def masked() -> Config:
     return config("masked", "masked_code", f"{TOKENIZERS}/vq", steps=12)
+
+
+def v2l() -> Config:
+    """Eight words about the image, then one for each patch: 72 codes. (The original asks a frozen language model about them:
+    experiments/frozen_lm/.)"""
+    return config("v2l", "next_code", f"{TOKENIZERS}/v2l")
 
 
 def pixels() -> Config:
