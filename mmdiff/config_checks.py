@@ -179,7 +179,7 @@ def _check_tokenizer(cfg: "Config") -> None:
     name = f"model.network={model.network!r}"
     unread: tuple[str, ...] = AUTOENCODER_ONLY if model.network in SEMANTIC else SEMANTIC_ONLY
     unread += {"lavit": ("stage",), "seed": ("deterministic",)}.get(model.network, ())
-    for field in unread:
+    for field in (name for name in unread if (name, settings.quantizer) != ("tower", "v2l")):
         value, usual = getattr(settings, field), getattr(type(settings)(), field)
         require(value == usual, f"tokenizer.{field}={value!r} has no meaning with {name}; leave it at its default, {usual!r}.")
     require(
@@ -188,6 +188,14 @@ def _check_tokenizer(cfg: "Config") -> None:
     )
     if model.network in SEMANTIC:
         _check_semantic(cfg)
+    require(
+        settings.quantizer != "v2l" or settings.latents == 0,
+        f"tokenizer.latents={settings.latents}: with tokenizer.quantizer='v2l' local codes stand for patches; set it to 0.",
+    )
+    require(
+        settings.quantizer != "v2l" or model.network == "conv_autoencoder" or model.depth > 1,
+        f"model.depth={model.depth}: a v2l decoder reads its words between two halves of its blocks; set it to 2 or more.",
+    )
     require(
         cfg.training.accumulate == 1,
         f"training.accumulate={cfg.training.accumulate}: a codebook learns from whole batches; set it to 1.",

@@ -11,11 +11,12 @@ HEEDED = {  # fields that mean something to one quantizer or the other; elsewher
     "fsq": ("levels",),
     "lfq": ("code_width", "commitment", "entropy"),
     "none": ("code_width",),
+    "v2l": ("codes", "code_width", "commitment", "words", "global_codes", "global_tokens", "residual"),
 }
-Name = Literal["vq", "simvq", "fsq", "lfq", "none"]
+Name = Literal["vq", "simvq", "fsq", "lfq", "none", "v2l"]
 
 
-SEMANTIC_ONLY = ("encoder", "tower", "depth", "deterministic", "stage")  # fields about tokenizers with a frozen encoder
+SEMANTIC_ONLY = ("encoder", "tower", "depth", "deterministic", "stage")  # of tokenizers with a frozen encoder; v2l has a tower
 AUTOENCODER_ONLY = ("error", "adversarial", "adversarial_start", "perceptual", "perceptual_weights")
 
 
@@ -49,9 +50,9 @@ class Tokenizer:
     quantizer: Name = "vq"
     """`none`: the continuous twin, whose codes are real numbers: what the halves could do without quantisation."""
     codes: int = 1024
-    """vq, simvq: size of the codebook."""
+    """vq, simvq: size of the codebook. v2l: of the local one, the language model's vocabulary."""
     code_width: int = 8
-    """vq, simvq, none: numbers of a code. lfq: its bits."""
+    """vq, simvq, none: numbers of a code. lfq: its bits. v2l: width of a word's embedding."""
     levels: tuple[int, ...] = (8, 5, 5, 5)
     """fsq: values of each number of a code."""
     latents: int = 0
@@ -60,7 +61,8 @@ class Tokenizer:
     """lavit, seed: folder of the frozen encoder, in the form of CLIP (mmdiff/pretrained/clip.py). Its vision half is copied
     into the tokenizer, which needs the folder no more."""
     tower: Tower = Tower()
-    """lavit, seed: sizes of that encoder; left out, training reads them from the folder."""
+    """lavit, seed: sizes of that encoder; left out, training reads them from the folder. v2l: of the tower that chooses words
+    about an image, as the file of words has them."""
     depth: int = 2
     """lavit: layers of the merger, and of the decoder to features. seed: of the Q-Former, of the blocks that reconstruct its
     output, and of those that predict the embedding of the image."""
@@ -81,9 +83,17 @@ class Tokenizer:
     restart: float = 0.1
     """vq with update="ema": a code used less than this share of the average starts anew; 0: never."""
     commitment: float = 0.25
-    """vq, simvq, lfq: weight of the distance from the encoder's output to its code."""
+    """vq, simvq, lfq, v2l: weight of the distance from the encoder's output to its code."""
     entropy: float = 0.1
     """lfq: weight of the entropy term."""
+    words: str = ""
+    """v2l: file of words and their embeddings (mmdiff/tokenizers/v2l/words.py), read when training starts."""
+    global_codes: int = 1
+    """v2l: size of the global codebook."""
+    global_tokens: int = 8
+    """v2l: how many words describe an image as a whole."""
+    residual: bool = False
+    """v2l: add what the decoder reads of the words to its map, where the original puts it in the map's place."""
     error: Literal["l1", "l2"] = "l2"
     adversarial: float = 0.0
     """Weight of the discriminator's opinion, relative to the gradient of the rest at the last layer; 0: no discriminator."""
@@ -106,6 +116,12 @@ class Tokenizer:
         for name in ("codes", "code_width", "depth"):
             value = getattr(self, name)
             require(value >= 1, f"tokenizer.{name}={value} must be at least 1.")
+        if self.quantizer == "v2l":
+            require(bool(self.words), "tokenizer.words must name a file of words; experiments/frozen_lm/words.py makes one.")
+            require(
+                1 <= self.global_tokens <= self.global_codes,
+                f"tokenizer.global_tokens={self.global_tokens} must be from 1 to tokenizer.global_codes={self.global_codes}.",
+            )
         require(self.latents >= 0, f"tokenizer.latents={self.latents} must not be negative (0: one code for each patch).")
         require(0 <= self.decay < 1, f"tokenizer.decay={self.decay} must be in [0, 1).")
         for name in ("restart", "commitment", "entropy", "adversarial", "adversarial_start", "perceptual"):

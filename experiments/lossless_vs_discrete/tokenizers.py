@@ -12,9 +12,10 @@ import dataclasses
 
 from mmdiff.config import Config, Data, Layout, Model, Optimizer, Tokenizer, Training
 from mmdiff.data.probes import QUESTIONS
+from mmdiff.tokenizers.v2l.words import read_words
 
 CODES = 1024
-
+WORDS = "runs/v2l/words.safetensors"  # of experiments/frozen_lm/words.py
 
 HALVES = Model(network="vit_autoencoder", width=128, depth=2, patch=4, head_width=32)
 CONVOLUTIONS = Model(network="conv_autoencoder", width=32, depth=1, patch=4, channels=(1, 2, 2), head_width=32)
@@ -72,6 +73,29 @@ def latents() -> Config:
     """One-dimensional: 32 codes for the image as a whole."""
     settings = Tokenizer(quantizer="vq", codes=CODES, code_width=8, latents=32)
     return config(settings, "tokenizer_latents", dataclasses.replace(HALVES, depth=4))
+
+
+def v2l() -> Config:
+    """Subwords of a language model at each place, under eight of its words about the image as a whole."""
+    words = read_words(WORDS)
+    (codes, width), global_codes = words.local.shape, len(words.global_)
+    settings = Tokenizer(
+        quantizer="v2l",
+        words=WORDS,
+        codes=codes,
+        code_width=width,
+        global_codes=global_codes,
+        global_tokens=min(8, global_codes),
+        tower=words.tower,
+        commitment=1.0,
+    )
+    return config(settings, "tokenizer_v2l")
+
+
+def v2l_residual() -> Config:
+    """`v2l` whose decoder adds what it reads of the words; as published it goes on with nothing else."""
+    cfg = v2l()
+    return dataclasses.replace(cfg, name="tokenizer_v2l_residual", tokenizer=dataclasses.replace(cfg.tokenizer, residual=True))
 
 
 LARGER = Model(network="vit_autoencoder", width=192, depth=2, patch=8, head_width=32)

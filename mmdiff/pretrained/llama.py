@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmdiff.document import DataError
-from mmdiff.pretrained.load import Rule, load_module, read_config, transposed
+from mmdiff.pretrained.load import OURS, Rule, load_module, read_config, transposed
 
 LAYER = r"model\.layers\.(\d+)"
 RULES = [
@@ -102,14 +102,23 @@ class Llama(nnx.Module):
         empty = jnp.zeros((len(self.layers), count, positions, one.few, head), self.embedding.dtype)
         return Cache(empty, empty, jnp.zeros((), jnp.int32))
 
-    def __call__(self, x: jax.Array, cache: Cache | None = None) -> tuple[jax.Array, Cache | None]:
+    def __call__(
+        self, x: jax.Array, cache: Cache | None = None, first: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache | None]:
         """Embeddings [b, t, d] of tokens (or of images between them) behind a cache to states [b, t, d] and the cache with
-        them; logits are `logits(states)`."""
+        them; logits are `logits(states)`.
+
+        Args:
+          first: int [b], where each text begins; what stands before it is padding that nobody reads, and since positions
+            only count relative to each other the text does not notice where it stands. None: all at 0.
+        """
         count, length = x.shape[:2]
         start = 0 if cache is None else cache.length
         position = jnp.broadcast_to(start + jnp.arange(length), (count, length))
         keys = jnp.arange(length if cache is None else cache.k.shape[2])
         allowed = keys <= position[..., None]
+        if first is not None:
+            allowed &= keys >= first[:, None, None]
         kept = []
         for number, each in enumerate(self.layers):
             past = None if cache is None else (cache.k[number], cache.v[number])
@@ -126,7 +135,7 @@ class Llama(nnx.Module):
 
 
 def load_llama(folder: str | Path, **options) -> Llama:
-    """From a folder with config.json and safetensors, whole or in pieces with an index.
+    """From a folder with config.json and safetensors, whole or in pieces with an index; also of what `save_module` wrote.
 
     Args:
       options: dtype and place, of `load_module`.
@@ -136,4 +145,5 @@ def load_llama(folder: str | Path, **options) -> Llama:
     cfg = read_config(folder)
     ignored = [*IGNORED, r"lm_head\.weight"] if cfg.get("tie_word_embeddings") else IGNORED
     rules = [rule for rule in RULES if not (cfg.get("tie_word_embeddings") and rule.ours.startswith("head"))]
+    rules = OURS if cfg.get("format") == "mmdiff" else rules
     return load_module(lambda: Llama(cfg, nnx.Rngs(0)), folder, rules, ignored=ignored, **options)

@@ -23,16 +23,20 @@ from mmdiff.models.image_layers import Conv, GroupNorm, remembering
 from mmdiff.models.transfusion import compute_type
 from mmdiff.models.unet import Attend, Residual
 from mmdiff.parallel.sharding import Placement
+from mmdiff.tokenizers.v2l.read import ReadWords
 
 
 class Middle(nnx.Module):
-    def __init__(self, cfg: config.Model, channels: int, rngs: nnx.Rngs, place: Placement):
+    def __init__(self, cfg: config.Model, channels: int, rngs: nnx.Rngs, place: Placement, read: ReadWords | None = None):
         self.first = Residual(channels, channels, 0, rngs, place)
         self.attend = Attend(cfg, channels, rngs, place)
+        if read is not None:
+            self.read = read
         self.last = Residual(channels, channels, 0, rngs, place)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.last(self.attend(self.first(x)))
+    def __call__(self, x: jax.Array, words: jax.Array | None = None) -> jax.Array:
+        x = self.attend(self.first(x))
+        return self.last(x if words is None else self.read(x, words))
 
 
 class Encoder(nnx.Module):
@@ -66,11 +70,23 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    def __init__(self, cfg: config.Model, grid: tuple[int, int], code_width: int, rngs: nnx.Rngs, place: Placement):
-        self.cfg, self.place, self.grid = cfg, place, grid
+    def __init__(
+        self,
+        cfg: config.Model,
+        grid: tuple[int, int],
+        code_width: int,
+        rngs: nnx.Rngs,
+        place: Placement,
+        *,
+        words: int = 0,
+        residual: bool = False,
+    ):
+        """words: how many codes stand before those of the places, to be read in the middle (v2l/read.py)."""
+        self.cfg, self.place, self.grid, self.words = cfg, place, grid, words
         channels = [factor * cfg.width for factor in cfg.channels]
         self.conv_in, now = Conv(code_width, channels[-1], rngs, place), channels[-1]
-        self.middle = Middle(cfg, now, rngs, place)
+        read = ReadWords(cfg, now, code_width, residual, rngs, place) if words else None
+        self.middle = Middle(cfg, now, rngs, place, read)
         self.blocks: nnx.Dict[Residual] = nnx.Dict()
         self.doublings: nnx.Dict[Conv] = nnx.Dict()
         for level, outputs in reversed(list(enumerate(channels))):
@@ -82,11 +98,12 @@ class Decoder(nnx.Module):
         self.norm_out, self.out = GroupNorm(now), Conv(now, 3, rngs, place)
 
     def features(self, codes: jax.Array) -> jax.Array:
-        """[n, l, c] to what the last layer reads: float32 [n, h, w, d]."""
-        run = remembering(self.cfg, lambda block, x: block(x))
+        """[n, words + l, c] to what the last layer reads: float32 [n, h, w, d]."""
+        run = remembering(self.cfg, lambda block, *x: block(*x))
         rows, cols = self.grid
-        x = einops.rearrange(codes, "n (rows cols) c -> n rows cols c", rows=rows, cols=cols)
-        x = run(self.middle, self.conv_in(x.astype(compute_type(self.cfg, self.place))))
+        words = (codes[:, : self.words],) if self.words else ()
+        x = einops.rearrange(codes[:, self.words :], "n (rows cols) c -> n rows cols c", rows=rows, cols=cols)
+        x = run(self.middle, self.conv_in(x.astype(compute_type(self.cfg, self.place))), *words)
         for level in reversed(range(len(self.cfg.channels))):
             for number in range(self.cfg.depth + 1):
                 x = run(self.blocks[f"{level}_{number}"], x)

@@ -4,7 +4,8 @@ Parameters are a plain nested dict with the parts
 
     encoder, decoder      the halves of the autoencoder (conv.py or vit.py)
     quantizer             what the quantizer learns by gradient (quantizers/)
-    codebook              what it keeps besides: no gradient, no optimiser, no average ever touches it
+    codebook              what it keeps besides: no gradient, no optimiser, no average ever touches it (v2l: embeddings of
+                          words, and the tower that sees images)
     discriminator         with tokenizer.adversarial > 0
 
 of the autoencoders, and others of those with a frozen encoder (semantic.py). `TokenizerNetwork.of` makes either.
@@ -35,6 +36,7 @@ from mmdiff.tokenizers.quantizers.lfq import LFQ
 from mmdiff.tokenizers.quantizers.none import Continuous
 from mmdiff.tokenizers.quantizers.simvq import SimVQ
 from mmdiff.tokenizers.quantizers.vq import VQ
+from mmdiff.tokenizers.v2l.quantizer import V2L
 
 if TYPE_CHECKING:
     from mmdiff.data.batches import Batches
@@ -65,6 +67,16 @@ def make_quantizer(settings: config.Tokenizer) -> Quantizer:
             return LFQ(settings.code_width, entropy=settings.entropy, commitment=settings.commitment)
         case "none":
             return Continuous(settings.code_width)
+        case "v2l":
+            return V2L(
+                settings.codes,
+                settings.global_codes,
+                settings.global_tokens,
+                settings.code_width,
+                settings.tower,
+                settings.words,
+                commitment=settings.commitment,
+            )
 
 
 class Autoencoder(nnx.Module):
@@ -77,10 +89,12 @@ class Autoencoder(nnx.Module):
         self.decoder: conv.Decoder | vit.Decoder
         if cfg.network == "conv_autoencoder":
             self.encoder = conv.Encoder(cfg, width, rngs, place)
-            self.decoder = conv.Decoder(cfg, grid, width, rngs, place)
+            self.decoder = conv.Decoder(cfg, grid, width, rngs, place, words=network.global_tokens, residual=settings.residual)
         else:
             self.encoder = vit.Encoder(cfg, grid, settings.latents, width, rngs, place)
-            self.decoder = vit.Decoder(cfg, grid, settings.latents, width, rngs, place)
+            self.decoder = vit.Decoder(
+                cfg, grid, settings.latents, width, rngs, place, words=network.global_tokens, residual=settings.residual
+            )
         if settings.adversarial:
             self.discriminator = Discriminator(cfg, rngs, place)
 
@@ -113,7 +127,8 @@ class Bound:
 
     def encode(self, images: jax.Array) -> jax.Array:
         """[n, h, w, 3] to what is quantised, float32 [n, l, c]."""
-        return self.module.encoder(images)
+        z = self.module.encoder(images)
+        return self.quantizer.seen(self.codebook, images, z) if isinstance(self.quantizer, V2L) else z
 
     def quantise(self, z: jax.Array, learning: Learning | None = None) -> Quantized:
         """[n, l, c], as of `Quantizer`."""
@@ -171,19 +186,30 @@ class TokenizerNetwork:
         return make_quantizer(self.tokenizer)
 
     @property
+    def global_tokens(self) -> int:
+        """Codes before those of the places or the latents (v2l)."""
+        return self.tokenizer.global_tokens if self.tokenizer.quantizer == "v2l" else 0
+
+    @property
     def length(self) -> int:
         """Codes of an image; of a dynamic tokenizer at most."""
-        return self.tokenizer.latents or self.grid[0] * self.grid[1]
+        return self.global_tokens + (self.tokenizer.latents or self.grid[0] * self.grid[1])
 
     @property
     def code_grid(self) -> tuple[int, int]:
-        """Rows and columns in which the codes of an image stand."""
-        return (1, self.length) if self.tokenizer.latents else self.grid
+        """Rows and columns in which the codes of an image stand: those of its patches, or one row of latents. Words about the
+        whole image (v2l) stand above its patches if they fill rows of their own, else all is one row."""
+        (rows, cols), words = self.grid, self.global_tokens
+        if self.tokenizer.latents or words % cols:
+            return 1, self.length
+        return rows + words // cols, cols
 
     @property
     def bits(self) -> float:
-        """Nominal bits of an image: its codes times the logarithm of how many there are."""
-        return self.length * self.quantizer.bits
+        """Nominal bits of an image: its codes times the logarithm of how many there are, of each kind."""
+        quantizer = self.quantizer
+        whole = quantizer.global_bits if isinstance(quantizer, V2L) else 0.0
+        return whole + (self.length - self.global_tokens) * quantizer.bits
 
     @property
     def patch_values(self) -> int:

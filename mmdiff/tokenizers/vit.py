@@ -25,14 +25,15 @@ from mmdiff.models.transfusion import compute_type, unrolled, unstack
 from mmdiff.models.uvit import Block
 from mmdiff.nn.layers import gather, parameter
 from mmdiff.parallel.sharding import Placement
+from mmdiff.tokenizers.v2l.read import ReadWords
 
 
 class Blocks(nnx.Module):
-    """`depth` blocks, stacked."""
+    """`depth` blocks (by default the configuration's), stacked."""
 
-    def __init__(self, cfg: config.Model, rngs: nnx.Rngs, place: Placement):
-        self.cfg, self.place = cfg, place
-        keys = jax.random.split(rngs.params(), cfg.depth)
+    def __init__(self, cfg: config.Model, rngs: nnx.Rngs, place: Placement, depth: int = 0):
+        self.cfg, self.place, self.depth = cfg, place, depth or cfg.depth
+        keys = jax.random.split(rngs.params(), self.depth)
         self.layers = jax.vmap(lambda key: Block(cfg, nnx.Rngs(params=key), place))(keys)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -41,7 +42,7 @@ class Blocks(nnx.Module):
         layer = remembering(self.cfg, lambda x, block: block(x), scanned=not loop)
         if not loop:
             return jax.lax.scan(lambda x, block: (layer(x, block), None), x, self.layers)[0]
-        for block in unstack(self.layers, self.cfg.depth):
+        for block in unstack(self.layers, self.depth):
             x = layer(x, block)
         return x
 
@@ -84,21 +85,37 @@ class Encoder(nnx.Module):
 
 class Decoder(nnx.Module):
     def __init__(
-        self, cfg: config.Model, grid: tuple[int, int], latents: int, code_width: int, rngs: nnx.Rngs, place: Placement
+        self,
+        cfg: config.Model,
+        grid: tuple[int, int],
+        latents: int,
+        code_width: int,
+        rngs: nnx.Rngs,
+        place: Placement,
+        *,
+        words: int = 0,
+        residual: bool = False,
     ):
-        self.cfg, self.place, self.grid, self.latents = cfg, place, grid, latents
+        """words: how many codes stand before those of the places, to be read between two halves of the blocks (v2l/read.py)."""
+        self.cfg, self.place, self.grid, self.latents, self.words = cfg, place, grid, latents, words
         self.code_in = dense(code_width, cfg.width, rngs, place)
         if latents:
             self.code_places = Queries(latents, cfg.width, rngs, place)
             self.queries = Queries(1, cfg.width, rngs, place)
-        self.blocks = Blocks(cfg, rngs, place)
+        self.blocks = Blocks(cfg, rngs, place, cfg.depth - cfg.depth // 2 if words else cfg.depth)
+        if words:
+            self.read = ReadWords(cfg, cfg.width, code_width, residual, rngs, place)
+            self.later = Blocks(cfg, rngs, place, cfg.depth // 2)
         self.norm = LayerNorm(cfg.width)
         self.out = dense(cfg.width, 3 * cfg.patch**2, rngs, place)
 
     def features(self, codes: jax.Array) -> jax.Array:
-        """[n, l, c] to what the last layer reads: float32 [n, t, d]."""
+        """[n, words + l, c] to what the last layer reads: float32 [n, t, d]."""
         dtype = compute_type(self.cfg, self.place)
+        words, codes = codes[:, : self.words], codes[:, self.words :]
         x, where = self.code_in(codes.astype(jnp.float32)).astype(dtype), places(self.grid, self.cfg.width).astype(dtype)
+        if self.words:
+            return self.norm(self.later(self.read(self.blocks(x + where), words)).astype(jnp.float32))
         if not self.latents:
             return self.norm(self.blocks(x + where).astype(jnp.float32))
         asked = self.queries(len(x), dtype) + where
