@@ -29,7 +29,8 @@ def front_end_parameters(front: config.FrontEnd, width: int) -> dict[str, Any]:
             field = "tower.width" if name == "features" else name
             config.require(
                 found.get(name) == wanted,
-                f"front_end.{field}={wanted}, and the Q-Former in {front.init} was trained with {found.get(name)}: set it to that.",
+                f"front_end.{field}={wanted}, and the Q-Former in {front.init} was trained with {found.get(name)}: set it to "
+                "that.",
             )
         make = lambda: QFormer(*(sizes[n] for n in ("width", "features", "depth", "heads", "tokens")), nnx.Rngs(0))
         former = load_module(make, front.init, OWN, ignored=TEXT)

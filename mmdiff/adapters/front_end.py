@@ -18,10 +18,10 @@ from flax import nnx
 
 from mmdiff import config
 from mmdiff.adapters.causal_former import CausalFormer
+from mmdiff.adapters.layers import linear
 from mmdiff.adapters.linear import PerPatch
 from mmdiff.adapters.qformer import QFormerAdapter
 from mmdiff.adapters.resampler import Resampler
-from mmdiff.adapters.layers import linear
 from mmdiff.layout import patchify, unpatchify
 from mmdiff.nn.layers import RMSNorm, gather, parameter
 from mmdiff.parallel.sharding import NOWHERE, Placement
