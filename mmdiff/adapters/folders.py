@@ -5,7 +5,7 @@ from typing import Any
 from flax import nnx
 
 from mmdiff import config
-from mmdiff.adapters.tower import TOWER, named, tower_parameters
+from mmdiff.adapters.tower import TOWER, on_host, tower_parameters
 from mmdiff.nn.qformer import QFormer
 from mmdiff.pretrained.load import Rule, load_module, read_config
 
@@ -34,5 +34,5 @@ def front_end_parameters(front: config.FrontEnd, width: int) -> dict[str, Any]:
             )
         make = lambda: QFormer(*(sizes[n] for n in ("width", "features", "depth", "heads", "tokens")), nnx.Rngs(0))
         former = load_module(make, front.init, OWN, ignored=TEXT)
-        given["image"] = {"adapter": {"former": named(nnx.to_pure_dict(nnx.state(former, nnx.Param)))}}
+        given["image"] = {"adapter": {"former": on_host(former)}}
     return given
