@@ -10,8 +10,8 @@
     read            raw patches or vectors     what came before    not                           never
 
 Codes are those of data.tokenizer, in one vocabulary with the text; vectors those of `front_end` (mmdiff/adapters/).
-What stands and how it reads is laid out by mmdiff/layout.py; the other two choices are a module of this package, with the functions of
-`ImagePath`.
+What stands and how it reads is laid out by mmdiff/layout.py; the other two choices are a module of this package, with the
+functions of `ImagePath`.
 """
 
 from typing import TYPE_CHECKING, Any, Protocol
