@@ -339,7 +339,7 @@ class Config:
     diffusion: Diffusion = Diffusion()
     few_step: FewStep = FewStep()
     tokenizer: Tokenizer = dataclasses.field(default_factory=Tokenizer)
-    front_end: FrontEnd = FrontEnd()
+    front_end: FrontEnd = dataclasses.field(default_factory=FrontEnd)
     data: Data = Data()
     optimizer: Optimizer = Optimizer()
     training: Training = Training()

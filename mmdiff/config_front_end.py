@@ -30,7 +30,7 @@ class FrontEnd:
     """Folder of the tower's weights, as of CLIP or of BLIP-2 (mmdiff/pretrained/). A run keeps them in its checkpoints."""
     names: Literal["clip", "blip2"] = "clip"
     """Whose names the weights in `encoder` have."""
-    tower: Tower = Tower()
+    tower: Tower = dataclasses.field(default_factory=Tower)
     """Sizes of the tower, those of the config.json in `encoder`: written here, so that a plan of a run needs no weights."""
     skipped: int = 1
     """Last layers of the tower that are not read: 1 is the hidden state -2 that LLaVA reads."""
@@ -55,10 +55,11 @@ class FrontEnd:
         heeded = (*(COMMON if self.kind != "none" else ("kind",)), *HEEDED[self.kind])
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            usual = Tower() if field.name == "tower" else field.default
             require(
-                field.name in heeded or value == field.default,
+                field.name in heeded or value == usual,
                 f"front_end.{field.name}={value!r} has no meaning with front_end.kind={self.kind!r}; leave it at its default, "
-                f"{field.default!r}, or change front_end.kind.",
+                f"{usual!r}, or change front_end.kind.",
             )
         if self.kind == "none":
             return
@@ -82,8 +83,8 @@ class FrontEnd:
         )
         require(
             "tokens" not in heeded or self.tokens >= 1,
-            f"front_end.tokens={self.tokens} must be at least 1 with front_end.kind={self.kind!r}: how many vectors stand for an "
-            "image.",
+            f"front_end.tokens={self.tokens} must be at least 1 with front_end.kind={self.kind!r}: how many vectors stand for "
+            "an image.",
         )
         require(self.width >= 0, f"front_end.width={self.width} must not be negative (0: that of the model).")
         require(self.gated >= 0, f"front_end.gated={self.gated} must not be negative (0: none).")

@@ -5,7 +5,7 @@ from typing import Any
 from flax import nnx
 
 from mmdiff import config
-from mmdiff.adapters.tower import TOWER, named, tower_parameters
+from mmdiff.adapters.tower import TOWER, on_host, tower_parameters
 from mmdiff.nn.qformer import QFormer
 from mmdiff.pretrained.load import Rule, load_module, read_config
 
@@ -29,9 +29,10 @@ def front_end_parameters(front: config.FrontEnd, width: int) -> dict[str, Any]:
             field = "tower.width" if name == "features" else name
             config.require(
                 found.get(name) == wanted,
-                f"front_end.{field}={wanted}, and the Q-Former in {front.init} was trained with {found.get(name)}: set it to that.",
+                f"front_end.{field}={wanted}, and the Q-Former in {front.init} was trained with {found.get(name)}: set it to "
+                "that.",
             )
         make = lambda: QFormer(*(sizes[n] for n in ("width", "features", "depth", "heads", "tokens")), nnx.Rngs(0))
         former = load_module(make, front.init, OWN, ignored=TEXT)
-        given["image"] = {"adapter": {"former": named(nnx.to_pure_dict(nnx.state(former, nnx.Param)))}}
+        given["image"] = {"adapter": {"former": on_host(former)}}
     return given

@@ -18,10 +18,10 @@ from flax import nnx
 
 from mmdiff import config
 from mmdiff.adapters.causal_former import CausalFormer
+from mmdiff.adapters.layers import linear
 from mmdiff.adapters.linear import PerPatch
 from mmdiff.adapters.qformer import QFormerAdapter
 from mmdiff.adapters.resampler import Resampler
-from mmdiff.adapters.layers import linear
 from mmdiff.layout import patchify, unpatchify
 from mmdiff.nn.layers import RMSNorm, gather, parameter
 from mmdiff.parallel.sharding import NOWHERE, Placement
@@ -69,6 +69,8 @@ class FrontEnd(nnx.Module):
         """Slices z [b, t, s] of pixels in [-1, 1], in cells [b, t, 4], to vectors [b, t, d], zero outside of images."""
         found = find(z, cell, self.front.grid)
         rows, images, count = found.at.shape
+        if not images:  # too short, as where texts are written token by token
+            return jnp.zeros((*z.shape[:2], self.cfg.width))
         vectors = self.vectors(self.pixels(found.slices.reshape(rows * images, count, -1)), tower)
         row = jnp.arange(rows)[:, None, None]
         vectors = vectors.reshape(rows, images, count, -1)

@@ -89,6 +89,7 @@ class Pretraining(nnx.Module):
 
 def losses(model: Pretraining, features: jax.Array, ids: jax.Array, key: jax.Array) -> Parts:
     """Of features [n, s, f] and the captions int [n, t] that belong to them."""
+    features, ids = jnp.asarray(features), jnp.asarray(ids)
     same = (ids[:, None] == ids).all(-1)
     s = model.similarity(*model.vectors(features, ids))
     target = same / same.sum(-1, keepdims=True)

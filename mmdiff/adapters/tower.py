@@ -55,15 +55,17 @@ def tower_parameters(front: config.FrontEnd) -> dict[str, Any]:
             f"front_end.tower.{ours}={wanted!r}, and {front.encoder}/config.json says {theirs}={value!r}: set it to that.",
         )
     made = load_clip(front.encoder).vision if front.names == "clip" else load_blip2_vision(front.encoder)
-    return named(nnx.to_pure_dict(nnx.state(made, nnx.Param)))
+    return on_host(made)
+
+
+def on_host(module: nnx.Module) -> dict[str, Any]:
+    """Its parameters: a nested dict of NumPy arrays."""
+    return jax.tree.map(np.asarray, named(nnx.to_pure_dict(nnx.state(module, nnx.Param))))
 
 
 def named(tree: Any) -> Any:
-    """Nested dicts with strings for the numbers of lists, as checkpoints keep them; leaves as NumPy arrays if they are
-    whole."""
-    if isinstance(tree, dict):
-        return {str(key): named(value) for key, value in tree.items()}
-    return np.asarray(tree) if isinstance(tree, jax.Array) and not isinstance(tree, jax.core.Tracer) else tree
+    """Nested dicts with strings for the numbers of lists, as checkpoints keep them."""
+    return {str(key): named(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
 
 
 def numbered(tree: Any) -> Any:

@@ -9,8 +9,9 @@
     next_embedding  vectors, in the stream     what came before    by regression                 vector by vector, then pixels
     read            raw patches or vectors     what came before    not                           never
 
-Codes are those of data.tokenizer, in one vocabulary with the text; vectors those of `front_end` (mmdiff/adapters/). What stands and how it reads is laid out by
-mmdiff/layout.py; the other two choices are a module of this package, with the functions of `ImagePath`.
+Codes are those of data.tokenizer, in one vocabulary with the text; vectors those of `front_end` (mmdiff/adapters/).
+What stands and how it reads is laid out by mmdiff/layout.py; the other two choices are a module of this package, with the
+functions of `ImagePath`.
 """
 
 from typing import TYPE_CHECKING, Any, Protocol

@@ -1,6 +1,6 @@
 """Vectors of a front end, each predicted from those before it, and pixels denoised from them: Emu.
 
-    [IMG] <rows> <cols> v_1 .. v_K [/IMG]            v = causal former of the tower's features (mmdiff/adapters/causal_former.py)
+    [IMG] <rows> <cols> v_1 .. v_K [/IMG]        v = causal former of the tower's features (mmdiff/adapters/causal_former.py)
     (1) d(a, b)    = mean over the width of (a - b)^2, or 1 - cos(a, b)                         front_end.regression
     (2) regression = mean over K + 1 positions of d(head(hidden before a position), what stands there), [/IMG] the last of them
     (3) image loss = mean over images of regression + the diffusion loss of the pixels, given v

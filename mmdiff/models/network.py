@@ -36,7 +36,7 @@ class Network:
     """Rows and columns of patches of every image, for networks that take whole images."""
     images: str = "denoised"
     """layout.images."""
-    front: config.FrontEnd = config.FrontEnd()
+    front: config.FrontEnd = dataclasses.field(default_factory=config.FrontEnd)
     size: tuple[int, int] | None = None
     """Height and width of every image, for front ends."""
 

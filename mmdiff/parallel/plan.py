@@ -229,7 +229,9 @@ def _operations(cfg: config.Config, vocabulary_size: int) -> dict[str, float | N
     rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((cfg.training.batch_size, *a.shape), a.dtype), row)
     return {
         "flops_per_step": flops.training_flops(cfg, vocabulary_size),
-        "flops_per_step_by_hand": flops.flops_by_hand(cfg, vocabulary_size) if network.grid is None else None,
+        "flops_per_step_by_hand": flops.flops_by_hand(cfg, vocabulary_size)
+        if network.grid is None and network.size is None
+        else None,
         "executed_flops_per_step": flops.counted_flops(make_train_step(network, cfg, _tx(cfg)), state, rows),
         "tokens_per_step": cfg.training.batch_size * cfg.layout.row_length,
     }

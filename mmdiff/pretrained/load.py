@@ -20,10 +20,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-import safetensors
 from flax import nnx
 from jax.sharding import Sharding
-from safetensors.numpy import save_file
 
 from mmdiff.document import DataError
 
@@ -78,6 +76,8 @@ class Weights:
     """
 
     def __init__(self, path: str | Path):
+        import safetensors  # the networks must load where it is not installed
+
         self.path = path = Path(path)
         if not path.exists():
             raise DataError(f"{path}: no such file or folder of safetensors.")
@@ -223,6 +223,8 @@ def load_folder(
 def save_module(module: nnx.Module, folder: str | Path, cfg: Mapping[str, Any]) -> None:
     """Write a module and the config.json of its sizes to a folder, with our names: for stand-ins trained here, which the
     same functions load as the real thing."""
+    from safetensors.numpy import save_file
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     leaves = {"/".join(map(str, key)): np.asarray(leaf[...]) for key, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param))}

@@ -32,7 +32,8 @@ def apply_guarded(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimiser update, or none if `loss` (any shape) or the gradient norm is not finite.
 
-    Parts of the parameters without gradients are frozen: no update, no weight decay and no average touches them. Pure and jittable. A finite gradient whose float32 norm overflows counts as not finite.
+    Parts of the parameters without gradients are frozen: no update, no weight decay and no average touches them. Pure
+    and jittable. A finite gradient whose float32 norm overflows counts as not finite.
 
     Returns:
       the next state, and float32 [] `grad_norm` (before clipping) with int32 [] `skips` and `skipped`.

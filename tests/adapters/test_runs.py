@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import mmdiff
 from mmdiff.adapters.folders import front_end_parameters
@@ -20,7 +21,6 @@ from mmdiff.training.flops import training_flops
 from mmdiff.training.loop import train
 from mmdiff.training.state import named_leaves
 from tests.adapters.tiny import MANY, configuration, picture, write_tower
-from flax import nnx
 
 
 @pytest.fixture(scope="module")

@@ -38,17 +38,19 @@ def states(network, params, rows):
     return embedded.x, bound.stack(embedded, rows.position, rows.mask)[0]
 
 
+@functools.partial(jax.jit, static_argnames="network")
+def regression(network, params, rows, x, hidden):
+    bound = network.bind(params)
+    return next_embedding.regressed(network, bound, rows, x, hidden), bound.image.predict(hidden, None)
+
+
 @pytest.mark.parametrize("kind", ["l2", "cosine"])
 def test_the_regression_by_hand(made, rows, kind):
     """K + 1 errors of each image, [/IMG] the last, from the states before them."""
     network = dataclasses.replace(made.network, front=dataclasses.replace(made.network.front, regression=kind))
-    x, hidden = map(np.asarray, states(network, made.params, rows))
-    bound = network.bind(made.params)
-    found = np.asarray(next_embedding.regressed(network, bound, rows, jnp.asarray(x), jnp.asarray(hidden)))
+    x, hidden = map(np.asarray, states(made.network, made.params, rows))
+    found, said = map(np.asarray, regression(network, made.params, rows, x, hidden))
     assert found[~np.asarray(rows.is_patch)].max() == 0
-    said = np.asarray(bound.image.predict(hidden, None))
-    if kind == "cosine":
-        np.testing.assert_allclose(np.square(x[np.asarray(rows.is_patch)]).mean(-1), 1, rtol=1e-4)
     for row in range(2):
         for image in (1, 2, 3):
             at = np.flatnonzero(rows.image[row] == image)
@@ -62,44 +64,37 @@ def test_the_regression_by_hand(made, rows, kind):
             np.testing.assert_allclose(np.asarray(rows.image_weight)[row, at], 1 / COUNT)
 
 
-def test_targets_learn_nothing(made, rows):
-    """With the states held still neither what stands in the row nor the causal former has a gradient; through them it has."""
+def test_where_only_directions_are_learnt_lengths_are_one(made, rows):
+    network = dataclasses.replace(made.network, front=dataclasses.replace(made.network.front, regression="cosine"))
+    x, hidden = map(np.asarray, states(network, made.params, rows))
+    said = regression(network, made.params, rows, x, hidden)[1]
+    for vectors in (x[np.asarray(rows.is_patch)], np.asarray(said)):
+        np.testing.assert_allclose(np.square(vectors).mean(-1), 1, rtol=1e-3)
+
+
+def test_targets_learn_nothing_and_pixels_teach_no_vectors(made, rows):
+    """With final states held still nothing that stands in the row has a gradient; with a head that says nothing, and so
+    nothing through the states, the causal former has none from the pixels either. Otherwise it has one."""
     network, params = made.network, made.params
     x, hidden = states(network, params, rows)
-    total = lambda x, hidden: next_embedding.regressed(network, network.bind(params), rows, x, hidden).sum()
-    of_targets, of_states = jax.grad(total, argnums=(0, 1))(x, hidden)
+    total = lambda x, hidden: regression(network, params, rows, x, hidden)[0].sum()
+    of_targets, of_states = jax.jit(jax.grad(total, argnums=(0, 1)))(x, hidden)
     assert not np.any(of_targets) and np.any(of_states)
 
     @jax.jit
-    def grads(trained):
-        def image_loss(trained):
-            whole = params | trained
+    def grads(image):
+        def image_loss(image):
             keys = next_embedding.noise(network, made.cfg, rows, jax.random.key(0))
-            return next_embedding.losses(network, made.cfg, whole, rows, *keys).image
+            return next_embedding.losses(network, made.cfg, params | {"image": image}, rows, *keys).image
 
-        return jax.grad(image_loss)(trained)
+        return jax.grad(image_loss)(image)
 
-    # the first vector of an image that nothing precedes can only learn as an input: stop those, and all that is left is zero
-    found = grads({"image": params["image"], "blocks": params["blocks"]})
     size = lambda tree: max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
-    assert size(found["image"]["decoder"]) > 0 and size(found["image"]["regress"]) > 0 and size(found["blocks"]) > 0
-    assert size(found["image"]["adapter"]) > 0  # through the model that reads its vectors
-
-
-def test_pixels_are_denoised_from_vectors_that_they_do_not_teach(made, rows):
-    """With a head that predicts nothing from anything, the causal former has no gradient: the denoiser gives it none."""
-    network, params = made.network, made.params
-
-    def image_loss(adapter):
-        image = params["image"] | {
-            "adapter": adapter,
-            "regress": {"kernel": jnp.zeros_like(params["image"]["regress"]["kernel"])},
-        }
-        keys = next_embedding.noise(network, made.cfg, rows, jax.random.key(0))
-        return next_embedding.losses(network, made.cfg, params | {"image": image}, rows, *keys).image
-
-    value, found = jax.jit(jax.value_and_grad(image_loss))(params["image"]["adapter"])
-    assert value > 0 and all(not np.any(leaf) for leaf in jax.tree.leaves(found))
+    found = grads(params["image"])
+    assert size(found["adapter"]) > 0 and size(found["regress"]) > 0 and size(found["decoder"]) > 0
+    mute = params["image"] | {"regress": jax.tree.map(np.zeros_like, params["image"]["regress"])}
+    found = grads(mute)
+    assert size(found["adapter"]) == 0 and size(found["decoder"]) > 0
 
 
 def test_drawing_predicts_what_whole_rows_predict(made):
@@ -108,7 +103,8 @@ def test_drawing_predicts_what_whole_rows_predict(made):
     options = made.options(steps=2, max_tokens=0, seed=3, image_size=(8, 8))
     session = Session(made, prompts, jax.random.split(jax.random.key(3), 2), options, None)
     drawing = session.first_drawing()
-    drawn = next_embedding.predicted(made.network, made.vocabulary.cols_range, drawing)
+    predicted = jax.jit(next_embedding.predicted, static_argnums=(0, 1))
+    drawn = predicted(made.network, made.vocabulary.cols_range, drawing)
     assert drawn.shape == (2, COUNT, 32)
     rows = jax.tree.map(jnp.asarray, rows_of(made, *([Document(*p.texts, picture())] for p in prompts), end=False))
     bound = made.network.bind(made.params)
@@ -116,11 +112,11 @@ def test_drawing_predicts_what_whole_rows_predict(made):
     for number in range(2):
         at = np.flatnonzero(rows.image[number] == 1)
         x = x.at[number, at].set(drawn[number])
-    hidden = jax.jit(lambda x: bound.stack(Embedded(x), rows.position, rows.mask)[0])(x)
+    said = jax.jit(lambda x: bound.image.predict(bound.stack(Embedded(x), rows.position, rows.mask)[0], None))(x)
     for number in range(2):
         at = np.flatnonzero(rows.image[number] == 1)
-        np.testing.assert_allclose(bound.image.predict(hidden, None)[number, at - 1], drawn[number], atol=1e-4)
+        np.testing.assert_allclose(said[number, at - 1], drawn[number], rtol=1e-3, atol=1e-3)
     assert np.abs(drawn[0] - drawn[1]).max() > 1e-3  # the prompt matters
-    one = made.generate(prompts, steps=2, max_tokens=2, seed=3, temperature=0.0)
-    two = made.generate(prompts[1:], steps=2, max_tokens=2, seed=[3], temperature=0.0)
-    assert [d.images[0].pixels.shape for d in (*one, *two)] == [(8, 8, 3)] * 3
+    out = made.generate(prompts, steps=2, max_tokens=0, seed=3)
+    assert [document.images[0].pixels.shape for document in out] == [(8, 8, 3)] * 2
+    assert out[0].images[0].pixels.tobytes() != out[1].images[0].pixels.tobytes()
