@@ -114,9 +114,7 @@ def restore(setting: Setting, task: restoration.Task, leak: bool, name: str) -> 
     if name == "vote":
         found = restoration.voted(task, given, setting.grid, examples, size)
     else:
-        found = restoration.restored(
-            setting.languages[name], task, given, setting.grid, examples, before=setting.grid[1]
-        )
+        found = restoration.restored(setting.languages[name], task, given, setting.grid, examples, before=setting.grid[1])
     right = restoration.accuracy(task, setting.grid, found, clean)
     written = np.concatenate([tokens[:, :whole], np.where(found < size, found, 0)], axis=1)
     made = setting.tokenizer.decode(written)
@@ -174,7 +172,9 @@ def captions(setting: Setting, name: str) -> dict[str, Any]:
     ]
     found = [until_stop(language, ids) for ids in language.greedy(asked, CAPTION)]
     score = [score_caption(text, d.extra["scene"]) for text, d in zip(found, unseen, strict=True)]
-    copied = [np.mean([score_caption(known[i].texts[0], d.extra["scene"]) for i in c]) for c, d in zip(drawn, unseen, strict=True)]
+    copied = [
+        np.mean([score_caption(known[i].texts[0], d.extra["scene"]) for i in c]) for c, d in zip(drawn, unseen, strict=True)
+    ]
     return {"accuracy": float(np.mean(score)), "copied": float(np.mean(copied)), "images": len(score), "example": found[0]}
 
 
@@ -255,7 +255,10 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         lines.append(f"| {name} | {' | '.join(cells)} | {1 / ways:.3f} |")
     lines += ["", "| | model | shuffled | without a model |", "| --- " * 4 + "|"]
     for what, key, beside in (("captions", "copied", ""), ("questions", "vote", ""), ("masked", "frequent", "frozen")):
-        cells = [number(f"{what} / {who}") + (f", {number(f'{what} / {who}', beside)} {beside}" * bool(beside)) for who in (TRAINED, CONTROL)]
+        cells = [
+            number(f"{what} / {who}") + (f", {number(f'{what} / {who}', beside)} {beside}" * bool(beside))
+            for who in (TRAINED, CONTROL)
+        ]
         lines.append(f"| {what} | {' | '.join(cells)} | {number(f'{what} / {TRAINED}', key)} |")
     return "\n".join(lines)
 
@@ -265,7 +268,9 @@ def opened(arguments: argparse.Namespace) -> Setting:
     language, words = load_language(arguments.language), read_words(arguments.words)
     tokenizer = mmdiff.load_tokenizer(arguments.tokenizer)
     if tokenizer.cfg.tokenizer.quantizer != "v2l":
-        raise DataError(f"{arguments.tokenizer} is no v2l tokenizer (tokenizer.quantizer={tokenizer.cfg.tokenizer.quantizer!r}).")
+        raise DataError(
+            f"{arguments.tokenizer} is no v2l tokenizer (tokenizer.quantizer={tokenizer.cfg.tokenizer.quantizer!r})."
+        )
     own = tokenizer.params["codebook"]
     if not (np.array_equal(own["local"], words.local) and np.array_equal(own["global"], words.global_)):
         raise DataError(f"{arguments.tokenizer} was trained with other words than {arguments.words}.")

@@ -25,7 +25,8 @@ thousand steps of which nothing else is learnt; to save these minutes they are s
 What such heads are: Olsson et al., arXiv 2209.11895.
 
 Printed: how often the two tokens that belong to a given input are found in ten corrupted examples, and how often the right one
-of two names, for prompts of random tokens that training has not shown; of this model, of what it began as, and of one without these heads and without training.
+of two names, for prompts of random tokens that training has not shown; of this model, of what it began as, and of one without
+these heads and without training.
 """
 
 import argparse
@@ -33,7 +34,6 @@ import functools
 import io
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -147,7 +147,9 @@ class Lessons:
         before, between = self.language.encode(prompts.INPUT), self.language.encode(prompts.OUTPUT)
         for pair, counts in zip(pairs, learnt, strict=True):
             ids += [*before, *pair.given, *between, *pair.wanted]
-            weights += [0.05] * len(before) + [0.0] * len(pair.given) + [0.05] * len(between) + [float(counts)] * len(pair.wanted)
+            weights += (
+                [0.05] * len(before) + [0.0] * len(pair.given) + [0.05] * len(between) + [float(counts)] * len(pair.wanted)
+            )
         return ids, weights
 
     def episode(self, ways: int, shots: int) -> tuple[list[str], list[tuple[list[int], str]], list[int], str]:
@@ -257,7 +259,9 @@ def trained(model: Llama, lessons: Lessons, steps: int) -> Llama:
         length = next(length for share, length in PHASES if number <= share * steps)
         params, opt_state, value = step(params, opt_state, *lessons.rows(TOKENS // length, length))
         if number % 50 == 0:
-            print(f"step {number} of {steps}: {float(value):.3f}, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"step {number} of {steps}: {float(value):.3f}, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True
+            )
     return nnx.merge(graph, params)
 
 

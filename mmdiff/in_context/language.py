@@ -55,9 +55,7 @@ class Language:
         other.__dict__.update(self.__dict__, params=params)
         return other
 
-    def greedy(
-        self, prompts: Sequence[Sequence[int]], count: int, allowed: Sequence[np.ndarray] | None = None
-    ) -> np.ndarray:
+    def greedy(self, prompts: Sequence[Sequence[int]], count: int, allowed: Sequence[np.ndarray] | None = None) -> np.ndarray:
         """The `count` tokens that follow each prompt, each the likeliest after those before it.
 
         Args:
@@ -74,7 +72,9 @@ class Language:
         found = np.zeros((len(prompts), count), np.int32)
         for start in range(0, len(order), GROUP):
             chosen = order[start : start + GROUP]
-            rows = np.concatenate([chosen, np.repeat(chosen[:1], -len(chosen) % min(GROUP, 1 << (len(chosen) - 1).bit_length()))])
+            rows = np.concatenate(
+                [chosen, np.repeat(chosen[:1], -len(chosen) % min(GROUP, 1 << (len(chosen) - 1).bit_length()))]
+            )
             longest = -(-max(len(prompts[i]) for i in rows) // BUCKET) * BUCKET
             ids = np.zeros((len(rows), longest), np.int32)
             for row, i in enumerate(rows):

@@ -4,7 +4,7 @@
     (2) loss = mean cross entropy of the masked tokens, after a prompt that shows the others and, so far, the whole
 
     ###
-    Input: < tokens, <unk> in place of those masked > 
+    Input: < tokens, <unk> in place of those masked >
     Output: tokens
 
 (1) is a pure function of the frozen parameters and the additions; only A and B are trained. Sources: Hu et al., arXiv

@@ -79,7 +79,13 @@ class Examples(NamedTuple):
 
 
 def corrupted(
-    clean: np.ndarray, changed: np.ndarray, size: int, rng: np.random.Generator, *, others: int = 0, rates: Sequence[float] = RATES
+    clean: np.ndarray,
+    changed: np.ndarray,
+    size: int,
+    rng: np.random.Generator,
+    *,
+    others: int = 0,
+    rates: Sequence[float] = RATES,
 ) -> Examples:
     """Examples made of one image's tokens [l] for each rate, or of those of as many images [x, l].
 

@@ -48,7 +48,9 @@ def test_answers_are_names_or_none():
     assert few_shot.answered(which, padded(spelt[2]), names) == "cross"
     assert few_shot.answered(which, padded([5]), names) is None
     found = few_shot.classify(which, [[1, 5], [1, 6]], [names, ["a", "photo"]])
-    assert len(found) == 2 and all(answer is None or answer in given for answer, given in zip(found, [names, ["a", "photo"]], strict=True))
+    assert len(found) == 2 and all(
+        answer is None or answer in given for answer, given in zip(found, [names, ["a", "photo"]], strict=True)
+    )
     with pytest.raises(ConfigError, match="2 prompts and 1 lists of names"):
         few_shot.classify(which, [[1], [2]], [names])
 

@@ -60,7 +60,9 @@ def test_a_copying_reader_is_as_good_as_the_vote(task, tokens):
     few, reader, examples = tokens[:3], Copier(), protocol(tokens, True)[:3]
     given = np.where(missing(task, GRID), 0, few) if task in ("inpainting", "outpainting") else few[:, ::-1]
     found = restored(reader, task, given, GRID, examples, before=8)
-    np.testing.assert_array_equal(found, voted(task, few if task == "inpainting" or task == "outpainting" else given, GRID, examples, SIZE))
+    np.testing.assert_array_equal(
+        found, voted(task, few if task == "inpainting" or task == "outpainting" else given, GRID, examples, SIZE)
+    )
     width = 8 if task in ("inpainting", "outpainting") else 2
     assert set(reader.asked) == {11 * (width + 2) + 10 * 2}
 

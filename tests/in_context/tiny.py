@@ -82,7 +82,9 @@ def experiment(path: Path, model: str = "vit", **tokenizer) -> Config:
         words().save(file)
     settings = {
         "vit": Model(network="vit_autoencoder", width=16, depth=2, patch=8, head_width=8, compute="float32"),
-        "conv": Model(network="conv_autoencoder", width=8, depth=1, patch=8, channels=(1, 1, 1, 1), head_width=8, compute="float32"),
+        "conv": Model(
+            network="conv_autoencoder", width=8, depth=1, patch=8, channels=(1, 1, 1, 1), head_width=8, compute="float32"
+        ),
     }
     given = {"codes": 300, "code_width": WIDTH, "global_codes": GLOBAL, "global_tokens": 4, "commitment": 1.0}
     return Config(
@@ -103,5 +105,3 @@ def logits(which: Language, ids) -> jax.Array:
     """Of whole texts int [b, t], without a cache."""
     model = nnx.merge(which.graph, which.params)
     return model.logits(model(model.embed(jnp.asarray(ids)))[0])
-
-

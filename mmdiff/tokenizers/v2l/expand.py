@@ -120,7 +120,9 @@ def build_words(
     candidates = list(dict.fromkeys(text for texts in grown for text in texts))
     vectors = text_embeddings(model, ids, candidates, templates)
     kept = np.flatnonzero(named(image_embeddings(model, images), vectors) > least)
-    require(len(kept) > 0, f"least={least}: none of {len(candidates)} candidates is named so often; lower it, or give more images.")
+    require(
+        len(kept) > 0, f"least={least}: none of {len(candidates)} candidates is named so often; lower it, or give more images."
+    )
     place = {text: number for number, text in enumerate(candidates)}
     own = vectors[[place[word] for word in local]]
     return Words.of(local, own, [candidates[i] for i in kept], vectors[kept], model, sizes)

@@ -23,9 +23,7 @@ HEADS = 8
 class ReadWords(nnx.Module):
     """[n, ..., d] and words [n, k, e] to [n, ..., d]."""
 
-    def __init__(
-        self, cfg: config.Model, width: int, word_width: int, residual: bool, rngs: nnx.Rngs, place: Placement
-    ):
+    def __init__(self, cfg: config.Model, width: int, word_width: int, residual: bool, rngs: nnx.Rngs, place: Placement):
         inner = HEADS * cfg.head_width
         self.residual = residual
         self.q = dense(width, inner, rngs, place)
