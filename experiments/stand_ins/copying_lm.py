@@ -25,7 +25,8 @@ thousand steps of which nothing else is learnt; to save these minutes they are s
 What such heads are: Olsson et al., arXiv 2209.11895.
 
 Printed: how often the two tokens that belong to a given input are found in ten corrupted examples, and how often the right one
-of two names, for prompts of random tokens that training has not shown; of this model, of what it began as, and of one without these heads and without training.
+of two names, for prompts of random tokens that training has not shown; of this model, of what it began as, and of one without
+these heads and without training.
 """
 
 import argparse
@@ -33,7 +34,6 @@ import functools
 import io
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax

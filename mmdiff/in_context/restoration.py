@@ -58,7 +58,7 @@ def _smooth(x: np.ndarray, axis: int) -> np.ndarray:
     reach = len(BLUR) // 2
     padded = np.pad(x, [(reach, reach) if i == axis else (0, 0) for i in range(x.ndim)], mode="edge")
     parts = [w * np.take(padded, np.arange(i, i + x.shape[axis]), axis) for i, w in enumerate(BLUR)]
-    return sum(parts) / sum(BLUR)
+    return np.sum(parts, axis=0) / sum(BLUR)
 
 
 def missing(task: Task, grid: tuple[int, int]) -> np.ndarray:
