@@ -16,7 +16,7 @@
 
     llava     each patch through two layers                            LLaVA 1.5
     flamingo  resampled to 8 vectors, read in gated layers             Flamingo
-    blip2     8 queries of a Q-Former                                  BLIP-2 trained before (qformer.py)
+    blip2     8 queries of a Q-Former, trained before (qformer.py)     BLIP-2
     emu       8 vectors, predicted one after another, then pixels      Emu
 
     pixels    pixels one after another, of images alone: how many bits these hold at most (rate.py)        PixelCNN++
