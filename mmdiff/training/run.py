@@ -47,17 +47,19 @@ class Run:
         return train_state.create(params, self.tx, self.cfg.training.seed)
 
     def first_state(self) -> TrainState:
-        """`new_state` on the mesh, its parameters those of `training.init` as far as that has them.
+        """`new_state` on the mesh, its parameters those of `training.init` as far as that has them; those of a frozen encoder
+        come along, or from its folder.
 
         Raises:
           ConfigError: the other run's parameters do not fit. DataError: it is no run.
         """
         where = jax.tree.map(lambda a: a.sharding, self.abstract_state())
         init = self.cfg.training.init
-        given = self.network.given() if isinstance(self.network, TokenizerNetwork) else {}
-        if init:
-            restored, _ = restore_params(Path(init) / "checkpoints")
-            given |= self.network.inherited(restored) if isinstance(self.network, TokenizerNetwork) else restored
+        given = restore_params(Path(init) / "checkpoints")[0] if init else {}
+        if isinstance(self.network, TokenizerNetwork):
+            given = self.network.inherited(given)
+            if not set(self.network.frozen) & given.keys():
+                given = self.network.given() | given
         if not given:
             return jax.jit(self.new_state, out_shardings=where)()
 
