@@ -1,6 +1,7 @@
 """The experiments on lossless input and discrete tokenizers: their images, their counting, their going on after a kill."""
 
 import json
+import math
 import runpy
 import sys
 import types
@@ -13,8 +14,9 @@ import PIL.Image
 import pytest
 from matplotlib.figure import Figure
 
-from mmdiff.config_files import load_experiment
+from mmdiff.config_files import load_experiment, replaced
 from mmdiff.data.probe_pictures import glyph_grid, read_glyphs
+from mmdiff.layout import patchify
 from mmdiff.tokenizers.network import TokenizerNetwork
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "lossless_vs_discrete"
@@ -27,6 +29,46 @@ def test_every_tokenizer_of_the_experiments_can_be_made(name):
     cfg = load_experiment(f"{FOLDER / 'tokenizers.py'}:{name}")
     params = jax.eval_shape(TokenizerNetwork.of(cfg).init, jax.random.key(0))
     assert ("discriminator" in params) == (name == "gan")
+
+
+@pytest.mark.parametrize("name", ["lavit", "seed", "seed_pairs"])
+def test_tokenizers_on_a_frozen_encoder_can_be_made(name):
+    cfg = load_experiment(f"{FOLDER / 'semantic.py'}:{name}")
+    cfg = replaced(cfg, {f"tokenizer.tower.{key}": value for key, value in STAND_IN.items()})
+    params = jax.eval_shape(TokenizerNetwork.of(cfg, None, 300).init, jax.random.key(0))
+    assert {"lavit": "selector", "seed": "between", "seed_pairs": "words"}[name] in params
+    system = load_experiment(f"{FOLDER / 'systems.py'}:{name}") if name != "seed_pairs" else None
+    assert system is None or (system.layout.images == "next_code" and system.model.patch == cfg.model.patch)
+
+
+STAND_IN = {"side": 32, "patch": 4, "width": 192, "hidden": 384, "depth": 4, "heads": 6, "embedding": 64}
+
+
+def test_images_of_known_entropy_are_counted_and_a_selector_that_does_not_care_is_found_out(monkeypatch):
+    selector = ran("selector.py", monkeypatch)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        pixels, told = selector["drawn"](rng)
+        plain = np.array([(cell == selector["GREY"]).all() for cell in patchify(pixels, 4)])
+        np.testing.assert_array_equal(plain, ~told)
+    assert selector["entropy"](np.arange(64) < 1) == pytest.approx(math.log2(43 * 64 * 2**8))  # one cell: which, and what
+    assert selector["entropy"](np.zeros(64)) == pytest.approx(math.log2(43))  # there is one such image
+
+    def record(shares, entropies):
+        of = {"shares": shares.tolist(), "share": shares.mean(), "of_cells_with_bits": 0.8, "of_plain_cells": 0.1}
+        of["correlation"] = selector["rank_correlation"](shares, entropies)
+        flat = of | {"shares": rng.random(len(shares)).tolist(), "correlation": 0.0}
+        return {"trained": of, "untrained": flat, "entropies": entropies.tolist()}
+
+    entropies = rng.random(200) * 300
+    good = record(entropies / entropies.mean() / 3 + 0.01 * rng.random(200), entropies)
+    text, holds = selector["report"]([good, good])
+    assert holds and "DOES NOT HOLD" not in text
+    careless = record(np.full(200, 1 / 3) + 0.01 * rng.random(200), entropies)
+    text, holds = selector["report"]([careless])
+    assert not holds and "DOES NOT HOLD: rank correlation at least 0.6" in text
+    text, holds = selector["report"]([good | {"untrained": good["trained"]}])
+    assert not holds and "DOES NOT HOLD: not so before training" in text
 
 
 @pytest.fixture(scope="module")

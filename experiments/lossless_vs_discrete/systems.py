@@ -11,6 +11,8 @@
     vq_ar     VQ codes, next-token prediction in one vocabulary        LWM, Chameleon, LlamaGen
     fsq_ar    the same with FSQ codes
     masked    VQ codes, masked prediction and parallel drawing         MaskGIT, Show-o
+    lavit     as many codes as an image needs, of a frozen encoder's features (semantic.py)      LaVIT
+    seed      8 codes of what a Q-Former says of them                                             SEED
 
     Features of a frozen vision tower:
 
@@ -89,6 +91,16 @@ def blip2() -> Config:
 
 def emu() -> Config:
     return config("emu", "next_embedding", front_end=front("causal_former", tokens=8))
+
+
+def lavit() -> Config:
+    """The model writes how many codes an image has, at most one for each of 64 patches."""
+    cfg = config("lavit", "next_code", f"{TOKENIZERS}/lavit")
+    return dataclasses.replace(cfg, layout=dataclasses.replace(cfg.layout, max_grid=64))
+
+
+def seed() -> Config:
+    return config("seed", "next_code", f"{TOKENIZERS}/seed")
 
 
 def pixels() -> Config:

@@ -1,4 +1,4 @@
-"""SEED as a tokenizer: a fixed number of codes for an image, in an order; they predict its embedding, which pixels are drawn from.
+"""SEED as a tokenizer: a fixed number of codes for an image, in an order; they predict its embedding, and that its pixels.
 
     mmdiff train ... --tokenizer.stage 1      PairNetwork: the Q-Former, on documents of one image and one text
     mmdiff train ... --training.init STAGE1   SeedNetwork: the codes; tower and Q-Former stay as they are, to the bit
