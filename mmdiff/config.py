@@ -16,6 +16,7 @@ from mmdiff import config_checks
 from mmdiff.config_front_end import FrontEnd
 from mmdiff.config_model import AUTOENCODERS, SEMANTIC, TOKENIZERS, ConfigError, Model, require, suggest
 from mmdiff.config_tokenizer import Tokenizer, Tower
+from mmdiff.orders import Order
 
 __all__ = ["Config", "ConfigError", "Data", "Diffusion", "Layout", "Mesh", "Model", "Optimizer", "Sampling", "Training"]
 __all__ += ["AUTOENCODERS", "SEMANTIC", "TOKENIZERS", "FrontEnd", "Tokenizer", "Tower"]
@@ -32,6 +33,8 @@ class Layout:
     `next_code`, `masked_code`: codes of data.tokenizer, predicted one after another, or many at a time. `next_pixel`: pixels,
     predicted one after another. `next_patch`: raw patches, each regressed on those before it. `next_embedding`: the same with
     vectors of `front_end`. `read`: raw patches, or vectors of `front_end`, that are read and never drawn."""
+    order: Order = "raster"
+    """In which order an image's positions are predicted, with `next_...` (mmdiff/orders.py)."""
     markers: bool = True
     """False: images alone. A row then holds noised blocks and nothing else; texts and given images are left out."""
     time_token: bool = False
@@ -68,6 +71,11 @@ class Layout:
         require(
             self.blocks or self.noised_copies == 1,
             f"{name} has no noised blocks: set layout.noised_copies=1.",
+        )
+        require(
+            self.order == "raster" or self.in_order,
+            f"layout.order={self.order!r} has no meaning with {name}, which predicts no position from those before it: leave "
+            "it at 'raster'.",
         )
 
     @property

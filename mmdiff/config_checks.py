@@ -96,6 +96,10 @@ def _check_images(cfg: "Config") -> None:
         f"model.sparse={model.sparse!r} takes turns with layers and is for images that are read in order: it needs "
         f"model.depth above 1 and layout.images='next_...', not {model.depth} and {layout.images!r}.",
     )
+    require(
+        model.sparse == "none" or layout.order == "raster",
+        f"layout.order={layout.order!r}: model.sparse={model.sparse!r} reads columns and rows, and so needs 'raster'.",
+    )
     if layout.images == "denoised":
         return
     require(not model.step_input and cfg.few_step.objective == "none", f"{name} has no few-step training.")
@@ -155,6 +159,7 @@ def _check_front_end(cfg: "Config") -> None:
     require(cfg.fixed_size is not None, f"{name} needs images of one size: set data.image_size.")
     require(not model.lossless, f"{name} does not hold the whole image: set model.lossless=False.")
     require(model.sparse == "none", f"model.sparse={model.sparse!r} has no meaning with {name}: set it to 'none'.")
+    require(layout.order == "raster", f"layout.order={layout.order!r} has no meaning with {name}: set it to 'raster'.")
     width = front.width or model.width
     require(
         width % front.heads == 0,

@@ -7,7 +7,7 @@
 - A noised block reads the stream up to its own size tokens, and itself. Nobody else reads it, so every later token is
   conditioned on the clean image, in training exactly as in sampling.
 - With layout.images="next_code", "next_pixel" or "read" an image stands in the stream alone, and its positions read what came
-  before them.
+  before them, in `layout.order`.
 - Codes of a tokenizer stand as tokens where raw patches would (layout.images="next_code" or "masked_code").
 - Every query reads at most two key intervals, so a mask is four int32 vectors, never T x T (`IntervalMask`). That holds for
   strided attention, too, which works on images column by column (nn/strided.py).
@@ -28,6 +28,7 @@ import numpy as np
 
 from mmdiff import config
 from mmdiff.document import DataError, Document, Image, Text
+from mmdiff.orders import image_order
 
 Positions = Literal["centred", "scaled", "corner", "raster"]
 TIME = -1  # in place of a token
@@ -292,6 +293,10 @@ def lay_out(
             row.patches[start:stop] = piece.patches
         row.is_patch[start:stop], row.image[t:stop], row.position[start:stop] = True, number, where
         row.cell[start:stop] = patch_cells(piece.grid_rows, piece.grid_cols)
+        if layout.order != "raster":
+            order = image_order(layout.order, piece.grid_rows, piece.grid_cols)
+            for written in (row.tokens, row.patches, row.position, row.cell):
+                written[start:stop] = written[start:stop][order]
         row.context_start[t:stop], row.context_end[t:stop] = 0, context_end
         if block:
             row.block_start[t:stop], row.block_end[t:stop] = t, stop

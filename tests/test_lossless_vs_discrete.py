@@ -262,7 +262,10 @@ class TokenizerOf64:
 
 def test_arms_are_compared_on_equal_terms(monkeypatch):
     joint = ran("joint.py", monkeypatch)
-    settings = {arm: joint["settings"](arm, 1, 32) for arm in joint["ARMS"]}
+    file = joint["HERE"] / "systems.py"
+    claims, arms = joint["systems"](file)
+    assert claims.startswith("Claims, before any was run") and len(claims.splitlines()) == 1
+    settings = {arm: joint["settings"](file, arm, 1, 32) for arm in arms}
     one = settings["raw"]
     for arm, cfg in settings.items():
         assert (cfg.training.seed, cfg.training.steps, cfg.training.checkpoint_every, cfg.training.keep_every) == (1, 32, 2, 2)
@@ -281,7 +284,7 @@ def test_arms_are_compared_on_equal_terms(monkeypatch):
     found = joint["summary"](records, "image_accuracy")
     assert found["raw", 0.5][0] == 0.75 and ("read", 1.0) not in found
     assert "| raw | 10 | 1e+09 | 2e+09 |" in joint["table"](records) and "1.500 (" in joint["table"](records)
-    assert joint["page"](records).count("<svg") == 3
+    assert joint["page"](records, claims).count("<svg") == 3
 
 
 def test_the_picture_shows_the_results_that_are_there(monkeypatch, tmp_path):
@@ -350,3 +353,36 @@ def test_alterations_keep_the_middle_and_bring_nothing_from_outside(monkeypatch)
         edge, middle = made[0, 0, 0], made[31, 31, 0]
         assert abs(abs(edge - middle) - 110) <= 2  # moved up or down, or turned light to dark, all at once
         assert made[0].std() < 1 and made[-1].std() < 1
+
+
+def test_the_report_says_what_is_lost_won_and_open(monkeypatch, tmp_path):
+    report = ran("report.py", monkeypatch)
+    near, far = [(0.50, 0.01), (0.52, 0.01), (0.51, 0.01)], [(0.80, 0.01), (0.82, 0.01), (0.81, 0.01)]
+    low, high = report["gain"](far, near, 1)
+    assert 0.27 < low < 0.3 < high < 0.33 and report["gain"](far, near, -1)[1] < 0
+    assert report["gain"](near, near, 1)[0] < 0 < report["gain"](near, near, 1)[1]
+    right = [
+        {"front_end": name, "reader": reader, "seed": seed, "count": 300, "right": {"odd": share, "same": 0.9}}
+        for name, reader, share in (("raw patches", "anew", 0.95), ("vq", "anew", 0.3), ("vq", "fixed", 0.99))
+        for seed in range(3)
+    ]
+    shared = {"count": 200, "steps": 800, "parameters": 10, "positions": 5.0, "flops": 1e9, "flops_with_tokenizer": 2e9}
+    drawn = {"raw": 0.8, "vq_ar": 0.9, "masked": 0.8}
+    runs = [
+        shared | {"arm": arm, "seed": seed, "share": 1.0, "metrics": {"image_accuracy": value, "image_accuracy_stderr": 0.01}}
+        for arm, value in drawn.items()
+        for seed in range(3)
+    ]
+    found = [*report["of_readers"](right), *report["of_joint"](runs)]
+    verdicts = {(c.experiment, c.measure, c.what): c.verdict for c in found}
+    assert verdicts == {
+        ("E4", "reading: odd", "vq"): "loses",
+        ("E4", "reading: same", "vq"): "open",
+        ("E5", "attributes drawn as asked, at the end", "vq_ar"): "wins",
+        ("E5", "attributes drawn as asked, at the end", "masked"): "open",
+    }
+    for name, records in (("readers", right), ("joint", runs)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.jsonl").write_text("\n".join(map(json.dumps, records)))
+    page = report["page"](tmp_path)
+    assert "1 of 4 comparisons" in page and "cliff/results.jsonl" in page and page.count("<table>") == 5

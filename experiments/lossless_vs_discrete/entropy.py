@@ -81,6 +81,15 @@ def measure(bits: int, seeds: int, steps: int) -> dict:
     return {"entropy": bits, "found": means, "stderr": errors, "as_claimed": inside}
 
 
+def table(results: list[dict]) -> str:
+    """Markdown."""
+    lines = ["| H | bits found: mean over seeds (lowest to highest) |", "| --- | --- |"]
+    for r in results:
+        wrong = "" if r["as_claimed"] else ", NOT AS CLAIMED"
+        lines.append(f"| {r['entropy']} | {np.mean(r['found']):.3f} ({min(r['found']):.3f} to {max(r['found']):.3f}){wrong} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True)
@@ -99,10 +108,7 @@ def main() -> int:
             with kept.open("a") as file:
                 file.write(json.dumps(results[-1]) + "\n")
             print(f"H = {bits}: {found['found']}", file=sys.stderr, flush=True)
-    print("| H | bits found: mean over seeds (lowest to highest) |\n| --- | --- |")
-    for r in results:
-        wrong = "" if r["as_claimed"] else ", NOT AS CLAIMED"
-        print(f"| {r['entropy']} | {np.mean(r['found']):.3f} ({min(r['found']):.3f} to {max(r['found']):.3f}){wrong} |")
+    print(table(results))
     return 0 if all(r["as_claimed"] for r in results) else 1
 
 

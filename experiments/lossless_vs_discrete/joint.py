@@ -1,18 +1,14 @@
-"""E5: five image paths trained jointly on captions, questions and drawings, on equal terms. Which learns what, and when?
+"""E5 and E6: image paths trained jointly on captions, questions and drawings, on equal terms. Which learns what, and when?
 
     mmdiff train experiments/lossless_vs_discrete/tokenizers.py:vq --workdir runs/tokenizers/vq
     mmdiff train experiments/lossless_vs_discrete/tokenizers.py:fsq --workdir runs/tokenizers/fsq
     python experiments/lossless_vs_discrete/joint.py --workdir runs/lossless/joint
 
-Every arm of systems.py is trained for each seed, and measured at 1/16, 1/8, 1/4, 1/2 and 1 of its steps with the moving
-average of its parameters. Points of one arm and share are compared three ways: at equal positions (what the transformer reads),
-at equal operations without and with those of training the tokenizer, and, since width and depth are the same, at nearly equal
-parameters. An interval is a bootstrap over seeds that also redraws every measurement with its standard error.
-
-Claims, before it was run: (1) arms on codes draw better early, their images being easier to learn; (2) arms on raw patches
-answer questions about small differences of colour at least as well at the end. (1) would be wrong if the interval of image
-accuracy of `raw` at 1/4 of the operations (tokenizer not counted) lay above those of `vq_ar` and `masked`; (2) if the interval
-of question accuracy of an arm on codes lay above those of `raw` and `read` at the end.
+The arms are those that a file of systems names (--systems; its first lines say what is claimed). Each is trained for each
+seed, and measured at 1/16, 1/8, 1/4, 1/2 and 1 of its steps with the moving average of its parameters. Points of one arm and
+share are compared three ways: at equal positions (what the transformer reads), at equal operations without and with those of
+training the tokenizer, and, since width and depth are the same, at nearly equal parameters. An interval is a bootstrap over
+seeds that also redraws every measurement with its standard error.
 
 WORKDIR gets a run per arm and seed, results.jsonl and report.html; the same command goes on where it was stopped. Two commands
 may share the work, each with its own --arms, in one WORKDIR.
@@ -21,6 +17,7 @@ may share the work, each with its own --arms, in one WORKDIR.
 import argparse
 import html
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -40,16 +37,24 @@ from mmdiff.tokenizers.network import TokenizerNetwork
 from mmdiff.training import flops
 
 HERE = Path(__file__).parent
-ARMS = ("raw", "read", "vq_ar", "fsq_ar", "masked")
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 WANTED = ("text_bits_per_byte", "question_accuracy", "caption_accuracy", "image_accuracy", "frechet_random", "code_bits")
 SHOWN = WANTED[:5]
 COUNT, DRAWS = 200, 2000
 
 
-def settings(arm: str, seed: int, steps: int | None) -> config.Config:
+def systems(path: Path) -> tuple[str, tuple[str, ...]]:
+    """What a file of systems claims, and its arms."""
+    found = runpy.run_path(str(path))
+    if "ARMS" not in found:
+        raise SystemExit(f"{path} names no ARMS: give a file like {HERE / 'systems.py'}.")
+    told = (" ".join(part.split()) for part in (found["__doc__"] or "").split("\n\n"))
+    return "\n".join(part for part in told if part.startswith("Claim")), found["ARMS"]
+
+
+def settings(path: Path, arm: str, seed: int, steps: int | None) -> config.Config:
     """Of one run: checkpoints stay at every share of the steps."""
-    cfg = load_experiment(f"{HERE / 'systems.py'}:{arm if arm != 'raw' else 'config'}")
+    cfg = load_experiment(f"{path}:{arm}")
     steps = steps or cfg.training.steps
     every = max(1, steps // 16)
     return replaced(
@@ -94,17 +99,18 @@ def costs(cfg: config.Config, vocabulary_size: int, images: float) -> dict[str, 
     return found | {"encoding": one / 3 / 2 / seen * images, "tokenizer_training": one * tokenizer.training.steps}
 
 
-def one_run(arm: str, seed: int, arguments: argparse.Namespace) -> Iterator[dict]:
+def one_run(arm: str, cfg: config.Config, arguments: argparse.Namespace) -> Iterator[dict]:
     """Train and measure; a record per share."""
-    cfg = settings(arm, seed, arguments.steps)
-    workdir = arguments.workdir / arm / f"seed-{seed}"
+    seed, steps = cfg.training.seed, cfg.training.steps
+    workdir = arguments.workdir / arm / f"seed-{seed}-steps-{steps}"
     trained(cfg, workdir)
     model = mmdiff.load(workdir)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     per_step = costs(cfg, model.vocabulary.size, cfg.data.size)
     for share in SHARES:
-        step = max(1, round(share * cfg.training.steps))
-        record = {"arm": arm, "seed": seed, "steps": cfg.training.steps, "share": share, "parameters": parameters}
+        step = max(1, round(share * steps))
+        record = {"arm": arm, "seed": seed, "steps": steps, "count": arguments.count, "share": share}
+        record["parameters"] = parameters
         record["positions"] = per_step["positions"] * step
         record["flops"] = per_step["flops"] * step + per_step["encoding"]
         record["flops_with_tokenizer"] = record["flops"] + per_step["tokenizer_training"]
@@ -120,10 +126,14 @@ def interval(values: list[float], errors: list[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def arms_of(records: list[dict]) -> list[str]:
+    return list(dict.fromkeys(record["arm"] for record in records))
+
+
 def summary(records: list[dict], metric: str) -> dict[tuple[str, float], tuple[float, float, float]]:
     """(arm, share) to mean and interval."""
     found = {}
-    for arm in ARMS:
+    for arm in arms_of(records):
         for share in SHARES:
             of = [r["metrics"] for r in records if r["arm"] == arm and r["share"] == share and metric in r["metrics"]]
             if of:
@@ -135,7 +145,7 @@ def summary(records: list[dict], metric: str) -> dict[tuple[str, float], tuple[f
 def at_the_end(records: list[dict]) -> list[list[str]]:
     """A row of names, then one for each arm: its size, its cost, its metrics at the end."""
     rows = [["arm", "parameters", "operations", "with the tokenizer's", *SHOWN]]
-    for arm in ARMS:
+    for arm in arms_of(records):
         last = [r for r in records if r["arm"] == arm and r["share"] == 1.0]
         if last:
             cells = [f"{last[0]['parameters']:,}", *(f"{last[0][name]:.3g}" for name in ("flops", "flops_with_tokenizer"))]
@@ -152,7 +162,7 @@ def table(records: list[dict]) -> str:
     return "\n".join([lines[0], "| --- " * (4 + len(SHOWN)) + "|", *lines[1:]])
 
 
-def page(records: list[dict]) -> str:
+def page(records: list[dict], claims: str) -> str:
     """Claims, the end, and curves of every metric over positions and over operations, both ways."""
     axes = (
         ("positions", "positions read"),
@@ -162,10 +172,12 @@ def page(records: list[dict]) -> str:
     head, *rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in at_the_end(records)]
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     seeds = len({r["seed"] for r in records})
+    compared = " ".join((__doc__ or "").split("\n\n")[2].split())
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f"<title>Joint training</title><style>{STYLE}</style></head><body><h1>Five image paths, trained jointly</h1>",
-        *(f'<p class="faint">{html.escape(" ".join(text.split()))}</p>' for text in (__doc__ or "").split("\n\n")[2:4]),
+        f"<title>Joint training</title><style>{STYLE}</style></head><body><h1>Image paths, trained jointly</h1>",
+        f'<p class="faint">{html.escape(compared)}</p>',
+        *(f'<p class="faint">{html.escape(text)}</p>' for text in claims.splitlines()),
         f"<h2>At the end, mean of {seeds} seeds (95% interval)</h2>",
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>',
     ]
@@ -173,7 +185,7 @@ def page(records: list[dict]) -> str:
         found, figures = summary(records, metric), []
         for axis, label in axes:
             series = []
-            for number, arm in enumerate(ARMS):
+            for number, arm in enumerate(arms_of(records)):
                 at = {r["share"]: r[axis] for r in records if r["arm"] == arm}
                 points = lambda which, at=at, arm=arm, found=found: [
                     (at[share], found[arm, share][which]) for share in SHARES if (arm, share) in found
@@ -189,27 +201,39 @@ def page(records: list[dict]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="of: %(choices)s")
+    parser.add_argument("--systems", type=Path, default=HERE / "systems.py", metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="some of those in FILE (default: all)")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="of each run (default: those of systems.py)")
+    parser.add_argument("--steps", type=int, help="of each run (default: those in FILE)")
     parser.add_argument("--count", type=int, default=COUNT, help="held-out documents per metric (default: %(default)s)")
     arguments = parser.parse_args()
+    claims, arms = systems(arguments.systems)
+    wanted = arguments.arms or arms
+    if unknown := set(wanted) - set(arms):
+        parser.error(f"--arms {' '.join(sorted(unknown))}: {arguments.systems} has {' '.join(arms)}")
     arguments.workdir.mkdir(parents=True, exist_ok=True)
     kept = arguments.workdir / "results.jsonl"
-    read = lambda: [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
-    for seed in range(arguments.seeds):
-        for arm in arguments.arms:
-            done = [r for r in read() if (r["arm"], r["seed"]) == (arm, seed)]
-            if len(done) == len(SHARES):
-                continue
-            records = list(one_run(arm, seed, arguments))
-            with kept.open("a") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
-            last = records[-1]["metrics"]
-            told = ", ".join(f"{name} {last[name]:.3f}" for name in SHOWN if name in last)
-            print(f"{arm}, seed {seed}: {told}", file=sys.stderr, flush=True)
-    records = read()
-    (arguments.workdir / "report.html").write_text(page(records))
+    every = [settings(arguments.systems, arm, seed, arguments.steps) for seed in range(arguments.seeds) for arm in wanted]
+    steps = {arm: cfg.training.steps for arm, cfg in zip(wanted, every, strict=False)}
+
+    def recorded() -> list[dict]:
+        """What is there of these arms, steps and count; results of others stay in the file."""
+        found = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
+        of = lambda arm: steps.get(arm) or settings(arguments.systems, arm, 0, arguments.steps).training.steps
+        found = [r for r in found if r["arm"] in arms and r["count"] == arguments.count]
+        return sorted((r for r in found if r["steps"] == of(r["arm"])), key=lambda r: arms.index(r["arm"]))
+
+    for cfg, arm in zip(every, list(wanted) * arguments.seeds, strict=True):
+        if sum((r["arm"], r["seed"]) == (arm, cfg.training.seed) for r in recorded()) == len(SHARES):
+            continue
+        records = list(one_run(arm, cfg, arguments))
+        with kept.open("a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+        last = records[-1]["metrics"]
+        told = ", ".join(f"{name} {last[name]:.3f}" for name in SHOWN if name in last)
+        print(f"{arm}, seed {cfg.training.seed}: {told}", file=sys.stderr, flush=True)
+    records = recorded()
+    (arguments.workdir / "report.html").write_text(page(records, claims))
     print(table(records))
     return 0
 

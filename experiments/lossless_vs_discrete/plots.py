@@ -130,7 +130,7 @@ def curves(metric: str) -> Callable[[Axes, list[dict]], None]:
 
     def panel(axes: Axes, found: list[dict]) -> None:
         values = joint.summary(found, metric)
-        for number, arm in enumerate(joint.ARMS):
+        for number, arm in enumerate(joint.arms_of(found)):
             at = {r["share"]: r["flops"] for r in found if r["arm"] == arm}
             shares = [share for share in joint.SHARES if (arm, share) in values]
             if shares:
@@ -140,7 +140,8 @@ def curves(metric: str) -> Callable[[Axes, list[dict]], None]:
                 axes.fill_between(x, low, high, color=f"C{number}", alpha=0.2, lw=0)
         axes.set(title=f"E5  {metric}", xlabel="operations, without the tokenizer's training", xscale="log")
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.legend(fontsize=7)
+        if values:
+            axes.legend(fontsize=7)
 
     return panel
 
@@ -166,7 +167,7 @@ def read(path: Path) -> Any:
     return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
 
 
-def draw(results: Path, out: Path) -> None:
+def figure_of(results: Path) -> Figure:
     rows = math.ceil(len(PANELS) / COLUMNS)
     figure = Figure(figsize=(6 * COLUMNS, 4 * rows), layout="constrained")
     places = figure.subplots(rows, COLUMNS)
@@ -180,8 +181,12 @@ def draw(results: Path, out: Path) -> None:
             axes.set_axis_off()
     for axes in places.flat[len(PANELS) :]:
         axes.set_axis_off()
+    return figure
+
+
+def draw(results: Path, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=80)
+    figure_of(results).savefig(out, dpi=80)
 
 
 def main() -> int:

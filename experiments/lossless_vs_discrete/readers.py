@@ -42,7 +42,7 @@ RAW = "raw patches"
 SIDE, EXAMPLES, BATCH, LEARNING_RATE = 64, 30000, 64, 2e-3
 COUNT = 300  # held-out questions of each kind, and of digits of each size
 KINDS = (*QUESTIONS, photographed.KIND)
-STEPS = {("ocr",): 1000, ("count", "clock"): 700, ("colour", "odd", "spot", "same"): 400, (photographed.KIND,): 700}
+STEPS = {("ocr",): 700, ("count", "clock"): 400, ("colour", "odd", "spot", "same"): 300, (photographed.KIND,): 400}
 """Kinds that one network learns together, and for how long: digits take longest, and all together take longer than apart."""
 SIGNS = f" {photographed.SIGNS}:"
 LONGEST = 6  # signs of an answer that are read: enough to tell them apart
@@ -206,7 +206,7 @@ def main() -> int:
     parser.add_argument("--words", type=Path, metavar="FOLDER", help="photographed words")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, metavar="KIND", help="%(choices)s (default: all there are)")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="of each network (default: 400 to 1000)")
+    parser.add_argument("--steps", type=int, help="of each network (default: 300 to 700)")
     parser.add_argument("--examples", type=int, default=EXAMPLES, help="for each network (default: %(default)s)")
     parser.add_argument("--count", type=int, default=COUNT, help="questions of each generated kind (default: %(default)s)")
     arguments = parser.parse_args()

@@ -92,7 +92,9 @@ class Batches:
         of a few documents."""
         cfg = self.cfg
         settings = (cfg.layout, cfg.model.patch, cfg.model.positions, self.seed, self.rates)
-        told = f"{self.vocabulary.fingerprint} {settings}".replace("images='denoised', ", "")  # as before there was a choice
+        told = f"{self.vocabulary.fingerprint} {settings}"
+        for unchanged in ("images='denoised', ", "order='raster', "):  # as before there was a choice
+            told = told.replace(unchanged, "")
         digest = hashlib.sha256(told.encode())
         if self.tokenizer is not None:
             digest.update(self.tokenizer.fingerprint.encode())

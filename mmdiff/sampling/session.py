@@ -34,6 +34,7 @@ from mmdiff.layout import (
     text_pieces,
     unpatchify,
 )
+from mmdiff.orders import image_order
 from mmdiff.parallel.distributed import fetch
 from mmdiff.sampling import text
 from mmdiff.sampling.cache import CHUNK_BUCKET, SLOT_BUCKET, Cache, capacity, chunks, empty_cache, extend, grow, round_up
@@ -251,7 +252,8 @@ class Session:
         for i, patches in zip(due, made, strict=False):
             draft = self.drafts[i]
             piece = cast(ImagePiece, draft.pieces[-1])
-            patches = patches[: piece.patch_count]
+            order = image_order(self.model.cfg.layout.order, piece.grid_rows, piece.grid_cols)
+            patches = patches[: piece.patch_count][np.argsort(order)]  # as they lie in the image
             draft.pieces[-1] = piece._replace(patches=patches)
             if self.model.tokenizer is None:
                 draft.segments.append(Image(unpatchify(patches, piece.grid_rows, piece.grid_cols)))
@@ -280,9 +282,10 @@ class Session:
         cell = np.zeros((len(drafts), columns, 4), np.int32)
         for b, piece in enumerate(open_images):
             grid = piece.grid_rows, piece.grid_cols
-            cell[b, : piece.patch_count] = patch_cells(*grid)
+            order = image_order(cfg.layout.order, *grid)
+            cell[b, : piece.patch_count] = patch_cells(*grid)[order]
             for g, where in enumerate(starts):
-                position[g, b, : piece.patch_count] = patch_positions(where[b], *grid, cfg.model.positions)[0]
+                position[g, b, : piece.patch_count] = patch_positions(where[b], *grid, cfg.model.positions)[0][order]
         keys = fold(self._rows(self.keys, take), np.asarray([2**30 + d.drawn for d in drafts]))
         lowest, highest = options.guidance_interval
         scale = options.guidance if options.autoguidance == 1 else options.autoguidance

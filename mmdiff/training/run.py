@@ -53,8 +53,8 @@ class Run:
         return train_state.create(params, self.tx, self.cfg.training.seed, frozen)
 
     def first_state(self) -> TrainState:
-        """`new_state` on the mesh, its parameters those of `training.init` as far as that has them; those of a frozen encoder or
-        a front end come along, or from their folders.
+        """`new_state` on the mesh, its parameters those of `training.init` as far as that has them; those of a frozen encoder
+        or of a front end come along, or from their folders.
 
         Raises:
           ConfigError: the other run's parameters do not fit. DataError: it is no run, or a folder does not hold what it should.

@@ -11,6 +11,7 @@ from mmdiff.config import ConfigError
 from mmdiff.document import IMG, DataError, Document, Image
 from mmdiff.image_paths.masked_code import CHOICE_TEMPERATURE
 from mmdiff.layout import ImagePiece, ImagePlan, drop_text, lay_out, pack, stack
+from mmdiff.orders import image_order
 from tests.tokenizers.tiny import SIZE
 
 from .tiny import COUNT, PATCH, logits_of, model, picture, pieces_of, rows_of
@@ -36,6 +37,7 @@ def laid(made, pieces, plan):
 def next_codes_by_whole_rows(made, pieces, scale, shift=0):
     """Greedy codes, one whole row for each; `shift` reads the logits of another position: the wrong way."""
     start, stop = made.vocabulary.codes_range
+    order = image_order(made.cfg.layout.order, *GRID)
     drawn = np.zeros(COUNT, np.int32)
     run = jax.jit(lambda rows: logits_of(made, rows))
     for column in range(COUNT):
@@ -44,15 +46,16 @@ def next_codes_by_whole_rows(made, pieces, scale, shift=0):
             rows = laid(made, [*branch[:-1], ImagePiece(drawn, *GRID)], ImagePlan(True, 0))
             first = int(np.flatnonzero(rows.is_patch[0] & (rows.image[0] == rows.image[0].max()))[0])
             found.append(np.asarray(run(rows)[0, first + column - 1 + shift, start:stop]))
-        drawn[column] = (found[1] + scale * (found[0] - found[1])).argmax()
+        drawn[order[column]] = (found[1] + scale * (found[0] - found[1])).argmax()
     return drawn
 
 
 @pytest.mark.parametrize(
-    ("block", "scale", "sparse"), [("attention", 1.0, "none"), ("gau", 3.0, "none"), ("gau", 3.0, "strided")]
+    ("block", "scale", "sparse", "order"),
+    [("attention", 1.0, "none", "spiral"), ("gau", 3.0, "none", "raster"), ("gau", 3.0, "strided", "raster")],
 )
-def test_next_codes_from_the_cache_are_those_of_whole_rows(block, scale, sparse):
-    made = model("next_code", block=block, sparse=sparse)
+def test_next_codes_from_the_cache_are_those_of_whole_rows(block, scale, sparse, order):
+    made = model("next_code", block=block, sparse=sparse, order=order)
     prompt = Document("abc", picture(3), "de", IMG)
     (out,) = made.generate([prompt], guidance=scale, **GREEDY)
     pieces = [*pieces_of(made, Document("abc", picture(3), "de")), ImagePiece(None, *GRID)]

@@ -1,0 +1,187 @@
+"""One page that answers, with intervals: where do discrete tokenizers lose what raw patches keep, and where do they win?
+
+    python experiments/lossless_vs_discrete/report.py --results runs/lossless --out runs/lossless/report.html
+
+RESULTS holds what the experiments left there, as for plots.py; what is missing is left out and named. Every front end of E4 and
+every arm of E5 is compared with raw patches, measure by measure. An interval is a bootstrap over the seeds of both sides, each
+value redrawn with its standard error; a measure is won or lost where the interval of the difference leaves out zero, and
+open otherwise. Intervals are of 95% each: of twenty comparisons between equals one is decided by chance.
+"""
+
+import argparse
+import base64
+import html
+import io
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import cliff
+import entropy
+import joint
+import numpy as np
+import plots
+import readers
+
+from mmdiff.sweeps.page import STYLE
+
+BETTER = {  # measures of E5: what they are about, and the sign of what is good
+    "question_accuracy": ("questions about two colours or places answered", 1),
+    "caption_accuracy": ("attributes named in captions", 1),
+    "image_accuracy": ("attributes drawn as asked", 1),
+    "frechet_random": ("Frechet distance of drawings", -1),
+    "text_bits_per_byte": ("bits per byte of text", -1),
+}
+WHEN = {0.25: "at a quarter of the steps", 1.0: "at the end"}
+RAW_ARM = "raw"
+
+
+class Comparison(NamedTuple):
+    experiment: str
+    measure: str
+    what: str  # compared with raw patches
+    raw: float
+    value: float
+    low: float  # of the gain over raw patches: positive is better
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        return "wins" if self.low > 0 else "loses" if self.high < 0 else "open"
+
+
+def gain(ours: Sequence[tuple[float, float]], theirs: Sequence[tuple[float, float]], sign: int) -> tuple[float, float]:
+    """95% of sign * (mean of `ours` - mean of `theirs`), each a list of values with standard errors, one for each seed."""
+    rng, means = np.random.default_rng(0), []
+    for side in (ours, theirs):
+        values, errors = np.asarray(side).T
+        picked = rng.integers(0, len(values), (joint.DRAWS, len(values)))
+        means.append((values[picked] + errors[picked] * rng.standard_normal(picked.shape)).mean(-1))
+    low, high = np.quantile(sign * (means[0] - means[1]), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def compared(
+    experiment: str, measure: str, sides: dict[str, list[tuple[float, float]]], raw: str, sign: int
+) -> Iterator[Comparison]:
+    """Everything in `sides` with what is there of raw patches."""
+    mean = lambda side: float(np.mean([value for value, _ in side]))
+    for what, side in sides.items():
+        if what != raw and side and sides.get(raw):
+            yield Comparison(experiment, measure, what, mean(sides[raw]), mean(side), *gain(side, sides[raw], sign))
+
+
+def of_readers(found: list[dict]) -> Iterator[Comparison]:
+    """E4: readers trained anew behind each front end."""
+    found = [row for row in found if row["reader"] == "anew"]
+    kinds = dict.fromkeys(kind for row in found for kind in row["right"])
+    for kind in kinds:
+        sides: dict[str, list[tuple[float, float]]] = {}
+        for row in found:
+            if kind in row["right"]:
+                share = row["right"][kind]
+                sides.setdefault(row["front_end"], []).append((share, math.sqrt(share * (1 - share) / row["count"])))
+        yield from compared("E4", f"reading: {kind}", sides, readers.RAW, 1)
+
+
+def of_joint(found: list[dict]) -> Iterator[Comparison]:
+    """E5: arms at equal positions."""
+    for metric, (told, sign) in BETTER.items():
+        for share, when in WHEN.items():
+            sides: dict[str, list[tuple[float, float]]] = {}
+            for row in found:
+                if row["share"] == share and metric in row["metrics"]:
+                    of = row["metrics"]
+                    sides.setdefault(row["arm"], []).append((of[metric], of.get(f"{metric}_stderr", 0.0)))
+            yield from compared("E5", f"{told}, {when}", sides, RAW_ARM, sign)
+
+
+def answers(comparisons: Sequence[Comparison]) -> str:
+    """HTML: what is lost, what is won, what is open."""
+    parts = []
+    for verdict, title in (
+        ("loses", "Lost behind what stands in for raw patches"),
+        ("wins", "Better than with raw patches"),
+        ("open", "Not decided"),
+    ):
+        of = [c for c in comparisons if c.verdict == verdict]
+        parts.append(f"<h2>{title}: {len(of)} of {len(comparisons)} comparisons</h2>")
+        rows = [
+            [c.experiment, c.measure, c.what, f"{c.raw:.3f}", f"{c.value:.3f}", f"{c.low:+.3f} to {c.high:+.3f}"]
+            for c in sorted(of, key=lambda c: (c.experiment, -abs(c.low + c.high)))
+        ]
+        if rows:
+            parts.append(as_html(["", "measure", "with", "raw patches", "with it", "gain, 95%"], rows))
+    return "\n".join(parts)
+
+
+def as_html(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = lambda row, tag: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{cells(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def from_markdown(table: str) -> str:
+    """HTML of a table of `| a | b |` lines."""
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()]
+    return as_html(head, rows)
+
+
+def claims(module) -> str:
+    """The paragraphs of an experiment's first lines that say what is claimed."""
+    told = [" ".join(part.split()) for part in (module.__doc__ or "").split("\n\n")]
+    return "".join(f'<p class="faint">{html.escape(part)}</p>' for part in told if part.startswith("Claim"))
+
+
+def picture(results: Path) -> str:
+    """The one of plots.py, as part of the page."""
+    figure, file = plots.figure_of(results), io.BytesIO()
+    figure.savefig(file, dpi=80, format="png")
+    return f'<p class="sheets"><img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"></p>'
+
+
+def page(results: Path) -> str:
+    read = {name: plots.read(results / name) for _, name in plots.PANELS}
+    comparisons = [*of_readers(read["readers/results.jsonl"] or []), *of_joint(read["joint/results.jsonl"] or [])]
+    missing = [name for name, found in read.items() if not found]
+    sections = []
+    if read["entropy/results.jsonl"]:
+        sections.append(("E1, known entropy", claims(entropy), entropy.table(read["entropy/results.jsonl"])))
+    if read["cliff/results.jsonl"]:
+        sections.append(("E2, capacity", claims(cliff), cliff.table(read["cliff/results.jsonl"])))
+    if read["readers/results.jsonl"]:
+        sections.append(("E4, detail", claims(readers), readers.table(read["readers/results.jsonl"])))
+    if read["joint/results.jsonl"]:
+        told, _ = joint.systems(joint.HERE / "systems.py")
+        about = "".join(f'<p class="faint">{html.escape(text)}</p>' for text in told.splitlines())
+        sections.append(("E5, joint training, at the end", about, joint.table(read["joint/results.jsonl"])))
+    how = " ".join((__doc__ or "").split("\n\n")[2].split())
+    return "\n".join(
+        [
+            '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Lossless against discrete</title>'
+            f"<style>{STYLE}</style></head><body><h1>Where do discrete tokenizers lose what raw patches keep?</h1>",
+            f'<p class="faint">{html.escape(how)}</p>',
+            answers(comparisons),
+            f'<p class="notice">Not run, and so not here: {html.escape(", ".join(missing))}.</p>' if missing else "",
+            "<h2>All experiments</h2>",
+            picture(results),
+            *(f"<h2>{title}</h2>{about}{from_markdown(table)}" for title, about, table in sections),
+            "</body></html>",
+        ]
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(page(arguments.results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
