@@ -162,7 +162,7 @@ def _check_front_end(cfg: "Config") -> None:
     require(layout.order == "raster", f"layout.order={layout.order!r} has no meaning with {name}: set it to 'raster'.")
     width = front.width or model.width
     require(
-        width % front.heads == 0,
+        front.kind in ("linear", "mlp") or width % front.heads == 0,
         f"front_end.heads={front.heads} does not divide the adapter's width, {width}: change front_end.heads or "
         "front_end.width.",
     )
