@@ -159,9 +159,10 @@ def _check_front_end(cfg: "Config") -> None:
     require(cfg.fixed_size is not None, f"{name} needs images of one size: set data.image_size.")
     require(not model.lossless, f"{name} does not hold the whole image: set model.lossless=False.")
     require(model.sparse == "none", f"model.sparse={model.sparse!r} has no meaning with {name}: set it to 'none'.")
+    require(layout.order == "raster", f"layout.order={layout.order!r} has no meaning with {name}: set it to 'raster'.")
     width = front.width or model.width
     require(
-        width % front.heads == 0,
+        front.kind in ("linear", "mlp") or width % front.heads == 0,
         f"front_end.heads={front.heads} does not divide the adapter's width, {width}: change front_end.heads or "
         "front_end.width.",
     )

@@ -14,6 +14,7 @@ HEEDED = {  # fields that mean something to one kind or the other; elsewhere the
     "qformer": ("tokens", "width", "depth", "heads", "init"),
     "causal_former": ("tokens", "width", "depth", "heads", "regression"),
 }
+ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "relu", "silu")  # of mmdiff/pretrained/encoder.py
 COMMON = ("kind", "encoder", "names", "tower", "skipped", "frozen")
 Kind = Literal["none", "linear", "mlp", "resampler", "qformer", "causal_former"]
 
@@ -71,6 +72,10 @@ class FrontEnd:
                 f"front_end.tower.{name}={getattr(tower, name)} must be that of the config.json in front_end.encoder.",
             )
         require(tower.embedding == 0, f"front_end.tower.embedding={tower.embedding} has no meaning here; leave it at 0.")
+        require(
+            tower.activation in ACTIVATIONS,
+            f"front_end.tower.activation={tower.activation!r} is not one of {', '.join(map(repr, ACTIVATIONS))}.",
+        )
         for whole, part in (("side", "patch"), ("width", "heads")):
             a, b = getattr(tower, whole), getattr(tower, part)
             require(

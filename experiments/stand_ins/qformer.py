@@ -46,8 +46,8 @@ def scenes(count: int, split: str, side: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def trained(features: np.ndarray, texts: np.ndarray, steps: int, seed: int) -> Pretraining:
-    model = Pretraining(features.shape[-1], TOKENS, WIDTH, DEPTH, HEADS, LONGEST, nnx.Rngs(seed))
-    graph, params = nnx.split(model)
+    make = lambda: Pretraining(features.shape[-1], TOKENS, WIDTH, DEPTH, HEADS, LONGEST, nnx.Rngs(seed))
+    graph, params = nnx.graphdef(nnx.eval_shape(make)), jax.jit(lambda: nnx.state(make()))()
     tx = optax.adamw(optax.cosine_onecycle_schedule(steps, LEARNING_RATE), weight_decay=0.05)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -73,13 +73,17 @@ def trained(features: np.ndarray, texts: np.ndarray, steps: int, seed: int) -> P
 def measured(model: Pretraining, features: np.ndarray, texts: np.ndarray) -> dict[str, float]:
     """Share of images whose nearest text, of all, is a caption of theirs; of pairs whose match is told rightly, half of them
     with the texts of others; nats per byte of the captions."""
-    s = np.asarray(model.similarity(*model.vectors(features, texts)))
-    found = (texts[s.argmax(-1)] == texts).all(-1).mean()
     other = np.roll(texts, 1, axis=0)
     differs = (other != texts).any(-1)
-    said = [np.asarray(model.match_logits(features, ids)).argmax(-1) for ids in (texts, other)]
-    right = np.concatenate([said[0] == 1, (said[1] == 0)[differs]]).mean()
-    nats = np.asarray(model.caption_nats(features, texts))
+
+    @jax.jit
+    def run():
+        said = [model.match_logits(features, ids).argmax(-1) for ids in (texts, other)]
+        return model.similarity(*model.vectors(features, texts)), *said, model.caption_nats(features, texts)
+
+    s, with_own, with_other, nats = map(np.asarray, run())
+    found = (texts[s.argmax(-1)] == texts).all(-1).mean()
+    right = np.concatenate([with_own == 1, (with_other == 0)[differs]]).mean()
     return {"retrieval": float(found), "match": float(right), "caption_nats": float(nats.sum() / (nats != 0).sum())}
 
 

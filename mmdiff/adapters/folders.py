@@ -32,7 +32,7 @@ def front_end_parameters(front: config.FrontEnd, width: int) -> dict[str, Any]:
                 f"front_end.{field}={wanted}, and the Q-Former in {front.init} was trained with {found.get(name)}: set it to "
                 "that.",
             )
-        make = lambda: QFormer(*(sizes[n] for n in ("width", "features", "depth", "heads", "tokens")), nnx.Rngs(0))
-        former = load_module(make, front.init, OWN, ignored=TEXT)
+        shape = front.width or width, front.tower.width, front.depth, front.heads, front.tokens
+        former = load_module(lambda: QFormer(*shape, nnx.Rngs(0)), front.init, OWN, ignored=TEXT)
         given["image"] = {"adapter": {"former": on_host(former)}}
     return given

@@ -12,6 +12,7 @@ Letters: b rows, t positions, i images of a row, k vectors of an image, s values
 
 from typing import Any, NamedTuple
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -22,11 +23,11 @@ from mmdiff.adapters.layers import linear
 from mmdiff.adapters.linear import PerPatch
 from mmdiff.adapters.qformer import QFormerAdapter
 from mmdiff.adapters.resampler import Resampler
-from mmdiff.layout import patchify, unpatchify
 from mmdiff.nn.layers import RMSNorm, gather, parameter
 from mmdiff.parallel.sharding import NOWHERE, Placement
 from mmdiff.pretrained.encoder import VisionTower, normalised
 
+WHOLE, CUT = "n (rows p) (cols q) c", "n (rows cols p q c)"
 AROUND = 4  # positions of an image that carry no pixels: [IMG], its two sizes, [/IMG]
 
 
@@ -78,9 +79,8 @@ class FrontEnd(nnx.Module):
 
     def pixels(self, slices: jax.Array) -> jax.Array:
         """[n, k, s] to [n, h, w, 3]."""
-        (height, width), patch = self.size, self.cfg.patch
-        flat = slices.reshape(len(slices), -1)[:, : 3 * height * width].reshape(len(slices), -1, 3 * patch**2)
-        return unpatchify(flat, height // patch, width // patch)
+        flat = slices.reshape(len(slices), -1)[:, : 3 * self.size[0] * self.size[1]]
+        return einops.rearrange(flat, f"{CUT} -> {WHOLE}", **self._sides())
 
     def vectors(self, pixels: jax.Array, tower: VisionTower) -> jax.Array:
         """Images [n, h, w, 3] in [-1, 1] to [n, k, d]."""
@@ -96,8 +96,12 @@ class FrontEnd(nnx.Module):
     def slices(self, pixels: jax.Array) -> jax.Array:
         """The inverse of `pixels`, of any type."""
         count = self.front.grid[0] * self.front.grid[1]
-        flat = jax.vmap(lambda image: patchify(image, self.cfg.patch))(pixels).reshape(len(pixels), -1)
+        flat = einops.rearrange(pixels, f"{WHOLE} -> {CUT}", **self._sides())
         return jnp.pad(flat, ((0, 0), (0, count * self.values - flat.shape[1]))).reshape(len(flat), count, self.values)
+
+    def _sides(self) -> dict[str, int]:
+        patch = self.cfg.patch
+        return {"rows": self.size[0] // patch, "cols": self.size[1] // patch, "p": patch, "q": patch, "c": 3}
 
     def _scaled(self, vectors: jax.Array) -> jax.Array:
         """With root mean square 1, where only their directions are learnt."""

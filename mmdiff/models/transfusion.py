@@ -181,7 +181,7 @@ class Transfusion(nnx.Module):
         stacked = not isinstance(jax.tree.leaves(self.blocks, is_leaf=is_layers)[0], tuple)
         alike = cfg.sparse == "none" and not self.gates  # all layers: else they are unrolled
         scanned = stacked and context is None and not keep and alike and not unrolled(self.cfg, self.place)
-        gate = lambda x, block, before: block(x, *embedded.shown, mask, before)
+        gate = lambda x, block, shown, before: block(x, *shown, mask, before)
         if self.cfg.remat != "none" or self.place.split:
             layer = jax.checkpoint(layer, policy=KEPT[self.cfg.remat], prevent_cse=not scanned)
             gate = jax.checkpoint(gate, policy=KEPT[self.cfg.remat])
@@ -192,9 +192,9 @@ class Transfusion(nnx.Module):
         skips = unstack(self.skips, cfg.depth // 2) if cfg.skip != "none" else []
         gated, read = unstack(self.gated, self.gates) if self.gates else [], []
         for index, block in enumerate(unstack(self.blocks, cfg.depth)):
-            if gated and index % self.image.front.gated == 0:
+            if embedded.shown is not None and index % self.image.front.gated == 0:
                 number = index // self.image.front.gated
-                x, own = gate(x, gated[number], context[cfg.depth + number] if context is not None else None)
+                x, own = gate(x, gated[number], embedded.shown, context[cfg.depth + number] if context is not None else None)
                 read.append(own)
             if skips and index >= cfg.depth - len(skips):
                 x = skips[index - (cfg.depth - len(skips))](x, inputs[cfg.depth - 1 - index])

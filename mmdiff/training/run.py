@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from mmdiff import config
 from mmdiff.adapters.folders import front_end_parameters
+from mmdiff.adapters.tower import TOWER
 from mmdiff.data.batches import Batches
 from mmdiff.data.sources import Source, open_source, open_vocabulary
 from mmdiff.data.vocabulary import Vocabulary
@@ -52,21 +53,21 @@ class Run:
         return train_state.create(params, self.tx, self.cfg.training.seed, frozen)
 
     def first_state(self) -> TrainState:
-        """`new_state` on the mesh, its parameters those of `training.init` as far as that has them, or those of the
-        front end's folders.
+        """`new_state` on the mesh, its parameters those of `training.init` as far as that has them; those of a frozen encoder
+        or of a front end come along, or from their folders.
 
         Raises:
           ConfigError: the other run's parameters do not fit. DataError: it is no run, or a folder does not hold what it should.
         """
         where = jax.tree.map(lambda a: a.sharding, self.abstract_state())
         init = self.cfg.training.init
+        given = restore_params(Path(init) / "checkpoints")[0] if init else {}
         if isinstance(self.network, TokenizerNetwork):
-            given = self.network.given()
-        else:
-            given = {} if init else front_end_parameters(self.cfg.front_end, self.cfg.model.width)
-        if init:
-            restored, _ = restore_params(Path(init) / "checkpoints")
-            given |= self.network.inherited(restored) if isinstance(self.network, TokenizerNetwork) else restored
+            given = self.network.inherited(given)
+            if not set(self.network.frozen) & given.keys():
+                given = self.network.given() | given
+        elif TOWER not in given:
+            given = front_end_parameters(self.cfg.front_end, self.cfg.model.width) | given
         if not given:
             return jax.jit(self.new_state, out_shardings=where)()
 

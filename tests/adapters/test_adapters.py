@@ -7,10 +7,13 @@ import pytest
 from flax import nnx
 
 from mmdiff.adapters.causal_former import CausalFormer
+from mmdiff.adapters.gated import GatedCrossAttention
 from mmdiff.adapters.linear import PerPatch
 from mmdiff.adapters.qformer import QFormerAdapter
 from mmdiff.adapters.qformer_losses import CLS, PAD, Pretraining, as_bytes, hard_negatives, losses
 from mmdiff.adapters.resampler import Resampler
+from mmdiff.config import Model
+from mmdiff.layout import IntervalMask
 from mmdiff.parallel.sharding import NOWHERE
 
 FEATURES = np.random.default_rng(0).standard_normal((2, 5, 6)).astype(np.float32)
@@ -63,6 +66,30 @@ def test_a_query_of_the_qformer_depends_on_all():
     before = run(params)
     made.former.queries[...] = made.former.queries[...].at[1, 0].add(1.0)
     assert (np.abs(run(nnx.state(made)) - before).max(-1) > 1e-5).all()
+
+
+def test_gates_start_closed():
+    """A gated layer is the identity at first; opened, positions read the images before them, and zeros where there is none."""
+    layer = GatedCrossAttention(Model(width=8, head_width=4, block="attention", lossless=False), (2, 4, 4), nnx.Rngs(2))
+    rng, here = np.random.default_rng(1), np.arange(5)[None]
+    x, vectors = (rng.standard_normal((1, 5, 8)).astype(np.float32) for _ in range(2))
+    shown, mask = np.array([[False, False, True, True, False]]), IntervalMask(0 * here, here + 1, here, here)
+
+    graph, params = nnx.split(layer)
+    with_ = jax.jit(lambda params, vectors: nnx.merge(graph, params)(x, vectors, shown, mask, None)[0])
+    np.testing.assert_array_equal(with_(params, vectors), x)
+    layer.gate_attention[...] = jnp.ones(())
+    opened = nnx.state(layer)
+    run = lambda vectors: np.asarray(with_(opened, vectors))
+    moved = np.abs(run(vectors) - x).max(-1)[0] > 1e-4
+    assert moved.tolist() == [False, False, True, True, True]
+    other = np.array(vectors)
+    other[0, 3] += rng.standard_normal(8)
+    changed = np.abs(run(other) - run(vectors)).max(-1)[0] > 1e-6
+    assert changed.tolist() == [False, False, False, True, True]
+    other = np.array(vectors)
+    other[0, [0, 1, 4]] += 1  # no image stands there
+    np.testing.assert_array_equal(run(other), run(vectors))
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """Front ends of features: pixels travel whole, texts read the images before them, cached = uncached."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,11 @@ from mmdiff.adapters.front_end import find
 from mmdiff.adapters.slices import Slices
 from mmdiff.data.batches import Batches
 from mmdiff.document import DataError, Document
-from mmdiff.layout import ImagePiece
+from mmdiff.image_paths.base import image_path
+from mmdiff.layout import ImagePiece, empty_row
+from mmdiff.models.network import Network
 from mmdiff.sampling.cache import chunks, empty_cache, extend
-from tests.adapters.tiny import SIDE, configuration, laid, logits_of, model, picture, rows_of
+from tests.adapters.tiny import FRONTS, SIDE, configuration, laid, logits_of, model, picture, rows_of
 
 found_in = jax.jit(find, static_argnames="grid")
 
@@ -98,6 +102,21 @@ def test_texts_are_generated_one_by_one_as_in_whole_rows():
             allowed[start:stop] = allowed[made.vocabulary.eos] = 0
             assert int((said[number, at] + allowed).argmax()) == rows.tokens[number, at + 1]
         assert prompt.images[0].pixels.tobytes() == document.images[0].pixels.tobytes()
+
+
+@pytest.mark.parametrize("front", [*FRONTS, "next_embedding"])
+def test_every_front_end_has_a_loss_in_low_precision(front):
+    """Traced, not run: types and shapes agree, also where layers are recomputed."""
+    emu = front == "next_embedding"
+    cfg = configuration("causal_former" if emu else front, images="next_embedding" if emu else "read")
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, compute="bfloat16", remat="full"))
+    network, path = Network.of(cfg, 300), image_path(cfg.layout)
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    assert jax.tree.structure(params) == jax.tree.structure(network.axes(), is_leaf=lambda leaf: type(leaf) is tuple)
+    rows = jax.tree.map(lambda a: a[None], empty_row(64, cfg.patch_values))
+    noise = path.noise(network, cfg, rows, jax.random.key(0))
+    found = jax.eval_shape(lambda params: path.losses(network, cfg, params, rows, *noise), params)
+    assert all(leaf.shape == () and leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(found))
 
 
 def test_mirrored_images_are_mirrored_whole():

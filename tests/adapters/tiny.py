@@ -75,8 +75,8 @@ def parameters(network: Network):
     return jax.tree.map(drawn, jax.eval_shape(network.init, jax.random.key(0)))
 
 
-def picture(seed: int = 0) -> Image:
-    return Image(np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8))
+def picture(seed: int = 0, side: int = SIDE) -> Image:
+    return Image(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
 
 
 def rows_of(made: Trained, *rows, length: int = 64, end: bool = True):

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import mmdiff
-from mmdiff.config import ConfigError, Layout
+from mmdiff.config import ConfigError, Layout, Sampling
 from mmdiff.data.batches import Batches
 from mmdiff.data.vocabulary import Vocabulary
 from mmdiff.document import DataError, Document, Image
@@ -36,6 +36,7 @@ def first_stage(folder):
         tokenizer=dataclasses.replace(cfg.tokenizer, stage=1),
         layout=Layout(row_length=160, images="read", max_grid=8),
         training=dataclasses.replace(cfg.training, init=""),
+        sampling=Sampling(),
     )
 
 
