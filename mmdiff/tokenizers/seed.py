@@ -23,7 +23,6 @@ from flax import nnx
 
 from mmdiff.nn.qformer import MLP, Attention, QFormer, reading
 from mmdiff.pretrained.clip import unit
-from mmdiff.tokenizers.lavit import feature_loss
 
 QUANTIZER, REBUILT, EMBEDDED = 5.0, 2.0, 0.5  # weights of (1)
 WARMEST = 100.0  # the largest s
@@ -155,8 +154,3 @@ class Between(nnx.Module):
         """The embedding of the image, predicted: [n, e], numbers of size 1."""
         queries, _ = self.reverse(self.reversing(h), jnp.ones((len(h), 1, 1), bool))
         return self.embedded(queries[:, 0])
-
-
-def rebuilding_loss(wanted: jax.Array, made: jax.Array) -> jax.Array:
-    """Mean of 1 - cosine over the queries of each image: float32 [n]."""
-    return feature_loss(wanted, made)

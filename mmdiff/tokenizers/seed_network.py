@@ -27,10 +27,11 @@ from mmdiff.data.batches import Batches
 from mmdiff.layout import Rows
 from mmdiff.nn.qformer import QFormer
 from mmdiff.parallel.mesh import place_rows
+from mmdiff.tokenizers.lavit import feature_loss
 from mmdiff.tokenizers.network import UNTRAINED, Objective, Seen
 from mmdiff.tokenizers.pixel_decoder import PixelDecoder
 from mmdiff.tokenizers.quantizers.base import Learning, Quantizer
-from mmdiff.tokenizers.seed import EMBEDDED, QUANTIZER, REBUILT, Between, Words, pair_losses, rebuilding_loss
+from mmdiff.tokenizers.seed import EMBEDDED, QUANTIZER, REBUILT, Between, Words, pair_losses
 from mmdiff.tokenizers.semantic import DRAWING, LAST_TENTH, SemanticNetwork, weighted
 from mmdiff.tokenizers.tower import Tower
 
@@ -78,7 +79,7 @@ class BoundSeed:
         quantised = self.quantizer(self.params, self.codebook, between.narrow(queries))
         h = between.wide(quantised.codes)
         predicted = between.embedding(h)
-        alike = lambda a, b: 1 - rebuilding_loss(a, b)
+        alike = lambda a, b: 1 - feature_loss(a, b)
         more = {
             "query_cosine": alike(queries, between.queries(h)),
             "embedding_cosine": alike(embedding[:, None], predicted[:, None]),
@@ -131,7 +132,7 @@ class SeedNetwork(SemanticNetwork):
         quantised = model.quantizer(model.params, model.codebook, z, learning)
         h = between.wide(quantised.codes)
         predicted = between.embedding(h)
-        rebuilt = weighted(rebuilding_loss(queries, between.queries(h)), weight)
+        rebuilt = weighted(feature_loss(queries, between.queries(h)), weight)
         embedded = weighted(jnp.square(embedding - predicted).mean(-1), weight)
         condition = jax.lax.stop_gradient(predicted)[:, None]
         pixels = weighted(model.module.pixels.losses(images, condition, noise), weight)

@@ -26,7 +26,7 @@ from .test_lavit import wide
 from .test_semantic import Listed
 
 WIDTH, QUERIES = 8, 3
-SETTINGS = dataclasses.replace(CODES, latents=QUERIES, normalise=False, commitment=1.0, depth=2)
+SETTINGS = dataclasses.replace(CODES, latents=QUERIES, normalise=False, commitment=1.0)
 
 
 def first_stage(folder):
@@ -41,7 +41,7 @@ def first_stage(folder):
 
 
 def second_stage(folder, init, settings=SETTINGS):
-    return experiment("seed", folder, settings, steps=2, checkpoint_every=1, init=str(init))
+    return experiment("seed", folder, settings, steps=2, checkpoint_every=1, sample_every=0, init=str(init))
 
 
 @pytest.fixture(scope="module")
