@@ -24,7 +24,7 @@ thousand steps in which nothing else is learnt; to save these minutes they are s
     (4) first layer    notes the mean of the last tokens, some twenty
     (5) third layer    reads, of what stands behind the mark of an output, most where that mean is like its own, as (3)
 
-(1) to (3) are induction heads (Olsson et al., arXiv 2209.11895); (4) and (5) answer like the examples that resemble the question.
+(1) to (3) are induction heads (Olsson et al., arXiv 2209.11895); (4) and (5) answer as examples like the question do.
 
 Printed: how often the two tokens that belong to a given input are found in ten corrupted examples, and how often the right one
 of two names, for prompts of random tokens that training has not shown; of this model, of what it began as, and of one without

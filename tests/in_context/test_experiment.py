@@ -79,7 +79,12 @@ def test_tasks_are_measured_once_and_told_in_tables(tmp_path, monkeypatch, capsy
     monkeypatch.setattr("mmdiff.load_tokenizer", lambda path: Trained(cfg, params))
     arguments = ["--language", tmp_path / "language", "--words", tmp_path / "words.safetensors", "--tokenizer", "here"]
     arguments += ["--workdir", tmp_path / "out", "--images", 11, "--episodes", 4, "--lora-steps", 1, "--shown", 2]
-    only = ["inpainting / faithful", "inpainting / no leak / vote", "colour, 2 ways, 1 shots / trained", "questions / shuffled"]
+    only = [
+        "inpainting / faithful",
+        "inpainting / no leak / vote",
+        "colour, 2 ways, 1 shots, other names / trained",
+        "questions / shuffled",
+    ]
     monkeypatch.setattr(sys, "argv", ["tasks.py", *map(str, arguments), "--only", *only])
     assert script["main"]() == script["main"]() == 0
     told = capsys.readouterr()
@@ -89,7 +94,7 @@ def test_tasks_are_measured_once_and_told_in_tables(tmp_path, monkeypatch, capsy
     vote, leak = (rows[f"inpainting / {protocol} / vote"]["accuracy"] for protocol in ("faithful", "no leak"))
     assert vote > 0.95 and leak < vote
     assert rows["inpainting / faithful / trained"]["accuracy"] < 0.5  # a random model copies nothing
-    classes = rows["colour, 2 ways, 1 shots / trained"]
+    classes = rows["colour, 2 ways, 1 shots, other names / trained"]
     assert classes["chance"] == 0.5 and classes["low"] <= classes["accuracy"] <= classes["high"]
     assert told.out.count(f"| inpainting | {vote:.3f} |") == 2
     params["codebook"]["global"] = params["codebook"]["global"] + 1
