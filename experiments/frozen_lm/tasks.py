@@ -16,18 +16,18 @@ Classification: N classes by colour or form, K examples of each from scenes that
 about a scene that it was not; the image is its first words (mmdiff/in_context/few_shot.py). Classes bear their own names, as
 published, or other ones that no image of the prompt is described with: words may say "red" themselves, and then whatever
 repeats what it reads is right, a network that has learnt nothing included, if its output is tied to its input. Intervals hold
-95% of bootstrap samples. Captions and questions: four examples, and what copying the caption, or the most frequent answer, of the examples
-would give. Masked restoration: LoRA additions learn to write 30% of an image's tokens; beside them the most frequent
-token of each place.
+95% of bootstrap samples. Captions and questions: four examples, and what copying the caption, or the most frequent answer, of
+the examples would give. Masked restoration: LoRA additions learn to write 30% of an image's tokens; beside them the most
+frequent token of each place.
 
 All of it also with a model of the same sizes whose parameters have been shuffled, each matrix within itself: it has learnt
 nothing, and is what every figure must be compared with.
 
 Claims: (1) under the published protocol the vote alone is right in at least 0.99 of tokens, so that figures got with it say
 nothing about images: wrong if the vote is below. (2) The language model does not beat the vote there: wrong if it does by more
-than two standard errors. (3) With other names it classifies above chance, the shuffled one does not: wrong if chance lies inside the
-interval of the first or below that of the second. (4) Under the protocol without the answer it does not beat that protocol's vote by
-more than two standard errors; if it does, it uses context beyond copying.
+than two standard errors. (3) With other names it classifies above chance, the shuffled one does not: wrong if chance lies
+inside the interval of the first or below that of the second. (4) Under the protocol without the answer it does not beat that
+protocol's vote by more than two standard errors; if it does, it uses context beyond copying.
 
 What is finished is kept in WORKDIR/results.jsonl, and the same command goes on from there.
 """
