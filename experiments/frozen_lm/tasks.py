@@ -43,7 +43,7 @@ import jax
 import numpy as np
 
 import mmdiff
-from mmdiff.config import ConfigError
+from mmdiff.config import ConfigError, require
 from mmdiff.data.shapes import COLOURS, FORMS, Scene, Shapes
 from mmdiff.data.shapes_reader import score_caption
 from mmdiff.document import DataError, Document
@@ -162,6 +162,9 @@ def few_shot(setting: Setting, attribute: str, ways: int, shots: int, naming: st
         called = {value: value for value in chosen}
         if naming == "other":
             free = other_names(language, " ".join([*given, *(word for words, _ in pairs for word in words)]))
+            require(
+                len(free) >= ways, f"the language model has {len(free)} words that could be other names, and {ways} are needed."
+            )
             called = dict(zip(chosen, map(str, rng.choice(free, ways, replace=False)), strict=True))
         told = [called[value] for value in chosen]
         asked.append(prompts.classification(language, told, [(words, called[value]) for words, value in pairs], given))

@@ -33,8 +33,8 @@ def repeated(model) -> float:
     return float((found[:, 30:-1] == ids[:, 31:]).mean())
 
 
-def test_two_heads_set_by_hand_copy(copying):
-    assert repeated(copying["begun"](0, 5)) > 0.8
+def test_heads_set_by_hand_copy(copying):
+    assert repeated(copying["begun"](0, 5)) > 0.5
     assert repeated(copying["fresh"](0)) < 0.1
 
 
@@ -54,17 +54,13 @@ def test_lessons_teach_what_can_be_known(copying):
 def test_one_command_trains_it_and_it_is_loaded_like_the_real_one(copying, tmp_path, monkeypatch, capsys):
     sizes = copying["CONFIG"] | {"hidden_size": 64, "intermediate_size": 16, "num_hidden_layers": 2}
     copying["main"].__globals__.update(CONFIG=sizes, TOKENS=64, PHASES=((1.0, 32),), TESTED=2)
-    loaded = []
-    for name in ("one", "two"):
-        monkeypatch.setattr(sys, "argv", ["copying_lm.py", "--out", str(tmp_path / name), "--steps", "2"])
-        assert copying["main"]() == 0
-        loaded.append(load_language(tmp_path / name))
-    told = capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["copying_lm.py", "--out", str(tmp_path), "--steps", "2"])
+    assert copying["main"]() == 0
+    loaded, told = load_language(tmp_path), capsys.readouterr().out
     assert all(f"{name}: 0." in told or f"{name}: 1." in told for name in ("trained", "as it began", "untrained"))
-    for a, b in zip(*(jax.tree.leaves(each.params) for each in loaded), strict=True):
-        np.testing.assert_array_equal(a, b)  # the same seed, the same bytes
-    began = nnx.to_pure_dict(nnx.state(copying["begun"](0, 5), nnx.Param))
-    assert (np.asarray(began["embedding"]) != np.asarray(loaded[0].params["embedding"])).any()
+    began = nnx.to_pure_dict(nnx.state(copying["begun"](0, loaded.encode(copying["prompts"].OUTPUT)[-1]), nnx.Param))
+    moved = jax.tree.map(lambda a, b: a.shape == b.shape and bool((a != b).any()), began, loaded.params)
+    assert jax.tree.all(moved)
 
 
 def test_tasks_are_measured_once_and_told_in_tables(tmp_path, monkeypatch, capsys):
@@ -82,7 +78,7 @@ def test_tasks_are_measured_once_and_told_in_tables(tmp_path, monkeypatch, capsy
     only = [
         "inpainting / faithful",
         "inpainting / no leak / vote",
-        "colour, 2 ways, 1 shots, other names / trained",
+        "colour, 2 ways, 1 shots, own names / trained",
         "questions / shuffled",
     ]
     monkeypatch.setattr(sys, "argv", ["tasks.py", *map(str, arguments), "--only", *only])
@@ -94,9 +90,12 @@ def test_tasks_are_measured_once_and_told_in_tables(tmp_path, monkeypatch, capsy
     vote, leak = (rows[f"inpainting / {protocol} / vote"]["accuracy"] for protocol in ("faithful", "no leak"))
     assert vote > 0.95 and leak < vote
     assert rows["inpainting / faithful / trained"]["accuracy"] < 0.5  # a random model copies nothing
-    classes = rows["colour, 2 ways, 1 shots, other names / trained"]
+    classes = rows["colour, 2 ways, 1 shots, own names / trained"]
     assert classes["chance"] == 0.5 and classes["low"] <= classes["accuracy"] <= classes["high"]
     assert told.out.count(f"| inpainting | {vote:.3f} |") == 2
+    names = script["other_names"](which, "")
+    assert all(len(which.encode(name)) == 1 for name in names)
+    assert set(script["other_names"](which, names[0])) <= set(names) - {names[0]}
     params["codebook"]["global"] = params["codebook"]["global"] + 1
     assert script["main"]() == 65 and "was trained with other words" in capsys.readouterr().err
     with pytest.raises(SystemExit):
