@@ -279,10 +279,8 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         lines.append(f"| {name} | {' | '.join(cells)} | {1 / episode[1]:.3f} |")
     lines += ["", "| | model | shuffled | without a model |", "| --- " * 4 + "|"]
     for what, key, beside in (("captions", "copied", ""), ("questions", "vote", ""), ("masked", "frequent", "frozen")):
-        cells = [
-            number(f"{what} / {who}") + (f", {number(f'{what} / {who}', beside)} {beside}" * bool(beside))
-            for who in (TRAINED, CONTROL)
-        ]
+        names = [f"{what} / {who}" for who in (TRAINED, CONTROL)]
+        cells = [number(name) + (f", {number(name, beside)} {beside}" if beside else "") for name in names]
         lines.append(f"| {what} | {' | '.join(cells)} | {number(f'{what} / {TRAINED}', key)} |")
     return "\n".join(lines)
 
