@@ -13,19 +13,21 @@ whose examples are corrupted copies of the answer, and under one whose examples 
 of the same examples, without any model. Context is one row of the grid, as published.
 
 Classification: N classes by colour or form, K examples of each from scenes that the tokenizer was trained on, one question
-about a scene that it was not; the image is its first words (mmdiff/in_context/few_shot.py). Intervals hold 95% of bootstrap
-samples. Captions and questions: four examples, and what copying the caption, or the most frequent answer, of the examples
-would give. Masked restoration: LoRA additions learn to write 30% of an image's tokens; beside them the most frequent
-token of each place.
+about a scene that it was not; the image is its first words (mmdiff/in_context/few_shot.py). Classes bear their own names, as
+published, or other ones that no image of the prompt is described with: words may say "red" themselves, and then whatever
+repeats what it reads is right, a network that has learnt nothing included, if its output is tied to its input. Intervals hold
+95% of bootstrap samples. Captions and questions: four examples, and what copying the caption, or the most frequent answer, of
+the examples would give. Masked restoration: LoRA additions learn to write 30% of an image's tokens; beside them the most
+frequent token of each place.
 
 All of it also with a model of the same sizes whose parameters have been shuffled, each matrix within itself: it has learnt
 nothing, and is what every figure must be compared with.
 
 Claims: (1) under the published protocol the vote alone is right in at least 0.99 of tokens, so that figures got with it say
 nothing about images: wrong if the vote is below. (2) The language model does not beat the vote there: wrong if it does by more
-than two standard errors. (3) It classifies above chance, the shuffled one does not: wrong if chance lies inside the interval
-of the first or below that of the second. (4) Under the protocol without the answer it does not beat that protocol's vote by
-more than two standard errors; if it does, it uses context beyond copying.
+than two standard errors. (3) With other names it classifies above chance, the shuffled one does not: wrong if chance lies
+inside the interval of the first or below that of the second. (4) Under the protocol without the answer it does not beat that
+protocol's vote by more than two standard errors; if it does, it uses context beyond copying.
 
 What is finished is kept in WORKDIR/results.jsonl, and the same command goes on from there.
 """
@@ -41,7 +43,7 @@ import jax
 import numpy as np
 
 import mmdiff
-from mmdiff.config import ConfigError
+from mmdiff.config import ConfigError, require
 from mmdiff.data.shapes import COLOURS, FORMS, Scene, Shapes
 from mmdiff.data.shapes_reader import score_caption
 from mmdiff.document import DataError, Document
@@ -52,7 +54,11 @@ from mmdiff.in_context.language import Language, load_language
 from mmdiff.tokenizers.v2l.words import Words, read_words
 
 CLASSES = {"colour": tuple(COLOURS), "form": FORMS}
-EPISODES = (("colour", 2, 1), ("colour", 2, 2), ("form", 2, 1), ("form", 2, 2), ("colour", 3, 1))
+EPISODES = [
+    (attribute, ways, shots, naming)
+    for attribute, ways, shots in (("colour", 2, 1), ("colour", 2, 2), ("form", 2, 2), ("colour", 3, 1))
+    for naming in ("own", "other")
+]
 TRAINED, CONTROL = "trained", "shuffled"
 SHOTS, ANSWER, CAPTION = 4, 6, 40  # of captions and questions: examples, tokens
 POOL = 400  # scenes that examples are drawn from
@@ -131,7 +137,14 @@ def class_of(attribute: str, scene: Scene) -> str:
     return getattr(scene[0], attribute)
 
 
-def few_shot(setting: Setting, attribute: str, ways: int, shots: int, name: str) -> dict[str, Any]:
+def other_names(language: Language, avoided: str) -> list[str]:
+    """Words of one token each that do not stand in `avoided`."""
+    told = [language.processor.id_to_piece(i) for i in range(language.processor.get_piece_size())]
+    found = [piece[1:] for piece in told if piece.startswith("\u2581") and piece[1:].isalpha() and len(piece) > 3]
+    return [word for word in found if word not in avoided and len(language.encode(word)) == 1]
+
+
+def few_shot(setting: Setting, attribute: str, ways: int, shots: int, naming: str, name: str) -> dict[str, Any]:
     language, rng = setting.languages[name], np.random.default_rng(setting.seed)
     known, unseen = scenes(POOL, "train", setting.seed, 1), scenes(POOL, "test", setting.seed, 1)
     spelt = {which: setting.spelt(setting.codes(pool)) for which, pool in (("known", known), ("unseen", unseen))}
@@ -146,9 +159,17 @@ def few_shot(setting: Setting, attribute: str, ways: int, shots: int, name: str)
         pairs = [pairs[i] for i in rng.permutation(len(pairs))]
         right = chosen[rng.integers(ways)]
         given = spelt["unseen"][rng.choice(of_unseen[right])]
-        asked.append(prompts.classification(language, chosen, pairs, given))
-        names.append(chosen)
-        wanted.append(right)
+        called = {value: value for value in chosen}
+        if naming == "other":
+            free = other_names(language, " ".join([*given, *(word for words, _ in pairs for word in words)]))
+            require(
+                len(free) >= ways, f"the language model has {len(free)} words that could be other names, and {ways} are needed."
+            )
+            called = dict(zip(chosen, map(str, rng.choice(free, ways, replace=False)), strict=True))
+        told = [called[value] for value in chosen]
+        asked.append(prompts.classification(language, told, [(words, called[value]) for words, value in pairs], given))
+        names.append(told)
+        wanted.append(called[right])
     found = classify(language, asked, names)
     share, low, high = interval([a == b for a, b in zip(found, wanted, strict=True)])
     none = float(np.mean([answer is None for answer in found]))
@@ -219,6 +240,10 @@ def masked(setting: Setting, name: str) -> dict[str, Any]:
     }
 
 
+def kind(attribute: str, ways: int, shots: int, naming: str) -> str:
+    return f"{attribute}, {ways} ways, {shots} shots, {naming} names"
+
+
 def experiments(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
     """What there is to measure, by name."""
     found: dict[str, Callable[[], dict[str, Any]]] = {}
@@ -226,10 +251,9 @@ def experiments(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
         for protocol, leak in (("faithful", True), ("no leak", False)):
             for who in ("vote", TRAINED, *([CONTROL] if leak else [])):
                 found[f"{task} / {protocol} / {who}"] = lambda t=task, k=leak, w=who: restore(setting, t, k, w)
-    for attribute, ways, shots in EPISODES:
+    for episode in EPISODES:
         for who in (TRAINED, CONTROL):
-            name = f"{attribute}, {ways} ways, {shots} shots / {who}"
-            found[name] = lambda a=attribute, n=ways, k=shots, w=who: few_shot(setting, a, n, k, w)
+            found[f"{kind(*episode)} / {who}"] = lambda e=episode, w=who: few_shot(setting, *e, w)
     for what, function in (("captions", captions), ("questions", questions), ("masked", masked)):
         for who in (TRAINED, CONTROL):
             found[f"{what} / {who}"] = lambda f=function, w=who: f(setting, w)
@@ -246,19 +270,17 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         cells += [f"{task} / no leak / vote", f"{task} / no leak / {TRAINED}"]
         lines.append(f"| {task} | " + " | ".join(map(number, cells)) + " |")
     lines += ["", "| classes | model | shuffled | chance |", "| --- " * 4 + "|"]
-    for attribute, ways, shots in EPISODES:
-        name = f"{attribute}, {ways} ways, {shots} shots"
+    for episode in EPISODES:
+        name = kind(*episode)
         cells = []
         for who in (TRAINED, CONTROL):
             row = found.get(f"{name} / {who}")
             cells.append(f"{row['accuracy']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" if row else "")
-        lines.append(f"| {name} | {' | '.join(cells)} | {1 / ways:.3f} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {1 / episode[1]:.3f} |")
     lines += ["", "| | model | shuffled | without a model |", "| --- " * 4 + "|"]
     for what, key, beside in (("captions", "copied", ""), ("questions", "vote", ""), ("masked", "frequent", "frozen")):
-        cells = [
-            number(f"{what} / {who}") + (f", {number(f'{what} / {who}', beside)} {beside}" * bool(beside))
-            for who in (TRAINED, CONTROL)
-        ]
+        names = [f"{what} / {who}" for who in (TRAINED, CONTROL)]
+        cells = [number(name) + (f", {number(name, beside)} {beside}" if beside else "") for name in names]
         lines.append(f"| {what} | {' | '.join(cells)} | {number(f'{what} / {TRAINED}', key)} |")
     return "\n".join(lines)
 

@@ -5,7 +5,8 @@
     mmdiff train experiments/lossless_vs_discrete/tokenizers.py:fsq --workdir runs/tokenizers/fsq_faces \\
         --data.source documents --data.path data/faces_32 --data.image_size 32 32
 
-All have the same halves and see the same images; `continuous` has no quantizer, and shows what the halves alone lose.
+All have the same halves and see the same images; `continuous` has no quantizer, and shows what the halves alone lose. `v2l`
+needs a file of words first (experiments/frozen_lm/words.py), and has eight codes more, about the image as a whole.
 """
 
 import dataclasses

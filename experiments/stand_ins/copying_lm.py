@@ -15,14 +15,16 @@ has learnt that from its texts; without it, answers in context are noise and say
 
     loss = mean cross entropy of the next token over what is learnt
 
-It does not begin from nothing. What copying takes, two heads that work into each other's hands, arises by itself after some
-thousand steps of which nothing else is learnt; to save these minutes they are set by hand and trained on from there:
+It does not begin from nothing. What copying takes, heads that work into each other's hands, arises by itself after some
+thousand steps in which nothing else is learnt; to save these minutes they are set by hand and trained on from there:
 
     (1) first layer    reads the position before, whatever stands there, and notes that token beside its own
     (2) second layer   reads where the noted token is its own: behind its earlier occurrences
     (3)                and adds the token that stands there to what it foretells
+    (4) first layer    notes the mean of the last tokens, some twenty
+    (5) third layer    reads, of what stands behind the mark of an output, most where that mean is like its own, as (3)
 
-What such heads are: Olsson et al., arXiv 2209.11895.
+(1) to (3) are induction heads (Olsson et al., arXiv 2209.11895); (4) and (5) answer as examples like the question do.
 
 Printed: how often the two tokens that belong to a given input are found in ten corrupted examples, and how often the right one
 of two names, for prompts of random tokens that training has not shown; of this model, of what it began as, and of one without
@@ -154,7 +156,8 @@ class Lessons:
 
     def episode(self, ways: int, shots: int) -> tuple[list[str], list[tuple[list[int], str]], list[int], str]:
         """Names, examples in any order, one more input and its name. Half of an input's tokens come from its class's set."""
-        names = [str(name) for name in self.rng.choice([*WORD_LIST, *COLOURS, *FORMS, *SIZES], ways, replace=False)]
+        pool = WORD_LIST if self.rng.random() < 0.5 else (*COLOURS, *FORMS, *SIZES)
+        names = [str(name) for name in self.rng.choice(pool, ways, replace=False)]
         size, length = int(self.rng.integers(3, 7)), int(self.rng.integers(6, 17))
         sets, common = [self.tokens(size) for _ in names], self.tokens(6)
         own = self.rng.uniform(0.3, 0.8)
@@ -198,42 +201,51 @@ def fresh(seed: int) -> Llama:
     return model
 
 
-def begun(seed: int) -> Llama:
-    """`fresh` with the two heads of equation (1) to (3) in place.
+def begun(seed: int, mark: int) -> Llama:
+    """`fresh` with the heads of (1) to (5) in place; `mark`: the token before an output.
 
-    Of the width d the first number is the same for every token, the others up to d / 2 are the token's own, and the rest is
-    where the first layer notes the token before.
+    Of the width the first number is the same for every token, and three slots follow: the token's own, that of the token
+    before, and the mean of those lately read.
     """
     model, width, head = fresh(seed), CONFIG["hidden_size"], CONFIG["hidden_size"] // CONFIG["num_attention_heads"]
-    rng, half, planes = np.random.default_rng(seed), width // 2, head // 2
+    rng, size, planes = np.random.default_rng(seed), (width - 1) // 3, head // 2
+    own, before, lately = (slice(1 + i * size, 1 + (i + 1) * size) for i in range(3))
     turn = CONFIG["rope_theta"] ** (-np.arange(planes) / planes)
-    near, far = np.flatnonzero(turn > 0.06), np.flatnonzero(turn < 2.5e-3)
-    content = slice(1, half)
-
-    def put(parameter, values: np.ndarray, quiet: float = 0.1) -> None:
-        parameter[...] = jnp.asarray(np.where(np.isnan(values), quiet * np.asarray(parameter[...]), values), jnp.float32)
-
+    near, window, far = (np.flatnonzero((turn > a) & (turn < b)) for a, b in ((0.06, 2), (0.015, 0.09), (0, 2.5e-3)))
+    places, gate = np.concatenate([far[:-1], planes + far[:-1]]), far[-1]  # what turns least says something for itself
+    like = rng.normal(size=(size, len(places))) / np.sqrt(len(places))
     embedding = np.zeros(model.embedding.shape)
     embedding[:, 0] = 1
-    embedding[:, content] = rng.normal(size=(len(embedding), half - 1)) / np.sqrt(half - 1)
+    embedding[:, own] = rng.normal(size=(len(embedding), size)) / np.sqrt(size)
     model.embedding[...] = jnp.asarray(embedding, jnp.float32)
-    keep = lambda: np.full((width, width), np.nan)
     for number, each in enumerate(model.layers):
-        q, k, v, out = keep(), keep(), keep(), keep()
-        if number < 2:
-            q[:, :head], k[:, :head], v[:, :head], out[:head] = 0, 0, 0, 0
-            v[np.arange(1, half), np.arange(half - 1)] = 1
-        if number == 0:  # (1): q is k turned on by one position
-            q[0, near], q[0, planes + near], k[0, near] = np.cos(turn[near]), -np.sin(turn[near]), 1
-            out[np.arange(half - 1), np.arange(half, width - 1)] = 0.125
-        if number == 1:  # (2) and (3)
-            places = np.concatenate([far, planes + far])
-            seen = 2 * rng.normal(size=(half - 1, len(places))) / np.sqrt(len(places))
-            q[content, places], k[half : width - 1, places] = seen, seen
-            out[np.arange(half - 1), np.arange(1, half)] = 0.45
-        for parameter, values in zip((each.q, each.k, each.v, each.out), (q, k, v, out), strict=True):
-            put(parameter.kernel, values)
-        put(each.down.kernel, np.full(each.down.kernel.shape, np.nan))
+        parts = {name: 0.1 * np.asarray(getattr(each, name).kernel[...]) for name in ("q", "k", "v", "out", "down")}
+        q, k, v, out = (parts[name] for name in ("q", "k", "v", "out"))
+
+        def take(which: int, into: slice, strength: float, q=q, k=k, v=v, out=out) -> int:
+            """Clear a head, let it carry a token's own slot into another; where its numbers begin."""
+            start = which * head
+            for matrix in (q, k, v):
+                matrix[:, start : start + head] = 0
+            out[start : start + head] = 0
+            v[np.arange(own.start, own.stop), np.arange(start, start + size)] = 1
+            out[np.arange(start, start + size), np.arange(into.start, into.stop)] = strength
+            return start
+
+        if number == 0:
+            start = take(0, before, 0.125)  # (1): q is k turned on by one position
+            q[0, start + near], q[0, start + planes + near], k[0, start + near] = np.cos(turn[near]), -np.sin(turn[near]), 1
+            start = take(1, lately, 0.4)  # (4)
+            q[0, start + window] = k[0, start + window] = 0.35
+        if number == 1:
+            start = take(0, own, 0.45)  # (2) and (3)
+            q[own, start + places], k[before, start + places] = 2 * like, 2 * like
+        if number == 2:
+            start = take(1, own, 0.45)  # (5)
+            q[lately, start + places], k[lately, start + places] = 2 * like, 2 * like
+            q[0, start + gate], k[before, start + gate] = 2, 2 * embedding[mark, own]
+        for name, values in parts.items():
+            getattr(each, name).kernel[...] = jnp.asarray(values, jnp.float32)
     return model
 
 
@@ -299,8 +311,9 @@ def main() -> int:
     texts = sentences(5000)
     words = made_words(CONFIG["vocab_size"], texts)
     untrained = Language(fresh(arguments.seed), read_words(words, WORDS))
-    at_first = Language(begun(arguments.seed), untrained.processor)
-    model = trained(begun(arguments.seed), Lessons(untrained, texts, arguments.seed), arguments.steps)
+    mark = untrained.encode(prompts.OUTPUT)[-1]
+    at_first = Language(begun(arguments.seed, mark), untrained.processor)
+    model = trained(begun(arguments.seed, mark), Lessons(untrained, texts, arguments.seed), arguments.steps)
     save_module(model, arguments.out, CONFIG)
     (arguments.out / WORDS).write_bytes(words)
     of = {"trained": Language(model, untrained.processor), "as it began": at_first, "untrained": untrained}

@@ -1,6 +1,7 @@
 """Codes that are words: what is chosen, what is frozen, what passes through the decoder, and what travels with it."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 import mmdiff
 from mmdiff.config import Config, ConfigError, Data, Layout, Model, Optimizer, Tokenizer, Tower, Training
+from mmdiff.config_files import load_experiment
 from mmdiff.document import IMG, DataError, Document
 from mmdiff.in_context.prompts import image_words
 from mmdiff.layout import ImagePiece, ImagePlan, lay_out, pack, patchify, stack
@@ -162,6 +164,18 @@ def test_files_of_words(folder, tmp_path):
     ):
         with pytest.raises(ConfigError, match=rf"tokenizer\.{what}"):
             TokenizerNetwork.of(experiment(folder, **change)).init(jax.random.key(0))
+
+
+def test_the_experiment_takes_its_sizes_from_the_file(tmp_path, monkeypatch):
+    path = Path(__file__).parents[2] / "experiments" / "lossless_vs_discrete" / "tokenizers.py"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="no such file of words"):
+        load_experiment(f"{path}:v2l")
+    words().save("runs/v2l/words.safetensors")
+    for name, residual in (("v2l", False), ("v2l_residual", True)):
+        cfg = load_experiment(f"{path}:{name}")
+        shapes = jax.eval_shape(TokenizerNetwork.of(cfg).init, jax.random.key(0))
+        assert shapes["codebook"]["global"].shape == (GLOBAL, WIDTH) and cfg.tokenizer.residual == residual
 
 
 def test_what_cannot_work_is_refused(folder):
