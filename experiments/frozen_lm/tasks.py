@@ -280,7 +280,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     lines += ["", "| | model | shuffled | without a model |", "| --- " * 4 + "|"]
     for what, key, beside in (("captions", "copied", ""), ("questions", "vote", ""), ("masked", "frequent", "frozen")):
         names = [f"{what} / {who}" for who in (TRAINED, CONTROL)]
-        cells = [number(name) + (f", {number(name, beside)} {beside}" if beside else "") for name in names]
+        cells = [number(name) + (f", {number(name, beside)} {beside}" if beside and name in found else "") for name in names]
         lines.append(f"| {what} | {' | '.join(cells)} | {number(f'{what} / {TRAINED}', key)} |")
     return "\n".join(lines)
 
