@@ -74,8 +74,8 @@ class Layout:
         )
         require(
             self.order == "raster" or (self.in_order and self.images != "next_embedding"),
-            f"layout.order={self.order!r} has no meaning with {name}, whose positions are not patches that are predicted one after "
-            "another: leave it at 'raster'.",
+            f"layout.order={self.order!r} has no meaning with {name}, whose positions are no patches or codes that are "
+            "predicted one after another: leave it at 'raster'.",
         )
 
     @property

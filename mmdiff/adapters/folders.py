@@ -5,9 +5,10 @@ from typing import Any
 from flax import nnx
 
 from mmdiff import config
-from mmdiff.adapters.tower import TOWER, on_host, tower_parameters
+from mmdiff.adapters.tower import TOWER, tower_parameters
 from mmdiff.nn.qformer import QFormer
 from mmdiff.pretrained.load import Rule, load_module, read_config
+from mmdiff.pretrained.tower import on_host
 
 OWN = [Rule(r"former/(.*)", "{}")]
 TEXT = [r"(?!former/).*"]  # what the Q-Former learnt from texts with

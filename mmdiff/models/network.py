@@ -18,10 +18,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mmdiff import config
-from mmdiff.adapters.tower import TOWER, named, numbered
+from mmdiff.adapters.tower import TOWER
 from mmdiff.models.rivals import Rival
 from mmdiff.models.transfusion import Transfusion, compute_type, gates, head, is_layers, unrolled
 from mmdiff.parallel.sharding import Axes, Placement
+from mmdiff.pretrained.tower import named, numbered
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,12 +25,12 @@ from flax import nnx
 
 from mmdiff import config
 from mmdiff.layout import Rows
+from mmdiff.pretrained.tower import Tower
 from mmdiff.tokenizers.lavit import RATIO_WEIGHT, RHO, Decoder, Merger, Selector, feature_loss, kept
 from mmdiff.tokenizers.network import Objective, Seen
 from mmdiff.tokenizers.pixel_decoder import PixelDecoder
 from mmdiff.tokenizers.quantizers.base import Learning, Quantizer
 from mmdiff.tokenizers.semantic import DRAWING, LAST_TENTH, SemanticNetwork, own_keys, weighted
-from mmdiff.tokenizers.tower import Tower
 
 
 class Narrow(nnx.Module):

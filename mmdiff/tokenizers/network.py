@@ -28,6 +28,7 @@ from jax.sharding import Mesh
 from mmdiff import config
 from mmdiff.layout import Rows
 from mmdiff.parallel.sharding import Placement
+from mmdiff.pretrained.tower import named, numbered
 from mmdiff.tokenizers import conv, vit
 from mmdiff.tokenizers.discriminator import Discriminator
 from mmdiff.tokenizers.quantizers.base import Learning, Quantized, Quantizer
@@ -278,15 +279,3 @@ class TokenizerNetwork:
         order = "b (n rows cols) (p q c) -> (b n) (rows p) (cols q) c"
         real = jnp.pad(jnp.asarray(rows.is_patch), ((0, 0), (0, missing)))[:, ::count].reshape(-1)
         return self.place(einops.rearrange(patches, order, **side), "rows", None, None, None), real.astype(jnp.float32)
-
-
-def named(tree: Any) -> Any:
-    """Nested dicts with words for the numbers that lists of modules have, as files keep them."""
-    return {str(name): named(part) for name, part in tree.items()} if isinstance(tree, dict) else tree
-
-
-def numbered(tree: Any) -> Any:
-    """The inverse of `named`."""
-    if not isinstance(tree, dict):
-        return tree
-    return {int(name) if name.isdecimal() else name: numbered(part) for name, part in tree.items()}

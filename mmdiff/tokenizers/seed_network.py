@@ -27,13 +27,13 @@ from mmdiff.data.batches import Batches
 from mmdiff.layout import Rows
 from mmdiff.nn.qformer import QFormer
 from mmdiff.parallel.mesh import place_rows
+from mmdiff.pretrained.tower import Tower
 from mmdiff.tokenizers.lavit import feature_loss
 from mmdiff.tokenizers.network import UNTRAINED, Objective, Seen
 from mmdiff.tokenizers.pixel_decoder import PixelDecoder
 from mmdiff.tokenizers.quantizers.base import Learning, Quantizer
 from mmdiff.tokenizers.seed import EMBEDDED, QUANTIZER, REBUILT, Between, Words, pair_losses
 from mmdiff.tokenizers.semantic import DRAWING, LAST_TENTH, SemanticNetwork, weighted
-from mmdiff.tokenizers.tower import Tower
 
 BOS, EOS = 1, 2  # as of every vocabulary
 

@@ -23,12 +23,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from mmdiff import config
 from mmdiff.config import require
+from mmdiff.pretrained.tower import Tower, numbered
 from mmdiff.tokenizers import codebook
 from mmdiff.tokenizers.quantizers.base import Arrays, Learning, Quantized, squared_error, straight_through
-from mmdiff.tokenizers.v2l.words import read_words, seeing
+from mmdiff.tokenizers.v2l.words import read_words
 
 MAP_WEIGHT = 0.33
 
@@ -75,8 +77,8 @@ class V2L:
 
     def seen(self, state: Any, images: jax.Array, z: jax.Array) -> jax.Array:
         """[f k times; z] of images [n, h, w, 3] in [-1, 1] and z [n, l, e]."""
-        tower = jax.lax.stop_gradient(state["tower"])
-        whole = jax.lax.stop_gradient(seeing(self.tower, self.width, tower)(images))
+        graph = nnx.graphdef(nnx.eval_shape(lambda: Tower(self.tower, nnx.Rngs(0))))
+        _, whole = nnx.merge(graph, numbered(state["tower"]))(images)
         return jnp.concatenate([jnp.broadcast_to(whole[:, None], (len(z), self.count, self.width)), z], axis=1)
 
     def __call__(self, params: Arrays, state: Any, z: jax.Array, learning: Learning | None = None) -> Quantized:

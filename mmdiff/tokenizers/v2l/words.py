@@ -17,71 +17,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from flax import nnx
-from safetensors.numpy import save_file
 
 from mmdiff import config
 from mmdiff.document import DataError
-from mmdiff.pretrained.clip import CLIP, unit
-from mmdiff.pretrained.encoder import VisionTower, normalised
+from mmdiff.pretrained.clip import CLIP
+from mmdiff.pretrained.tower import sizes_of
 
 TOWER = "tower/"
 
 
-class Seeing(nnx.Module):
-    """The vision half of CLIP."""
-
-    def __init__(self, tower: config.Tower, width: int, rngs: nnx.Rngs):
-        sizes = {
-            "image_size": tower.side,
-            "patch_size": tower.patch,
-            "hidden_size": tower.width,
-            "intermediate_size": tower.hidden,
-            "num_hidden_layers": tower.depth,
-            "num_attention_heads": tower.heads,
-            "hidden_act": tower.activation,
-        }
-        self.vision = VisionTower(sizes, "quick_gelu", 1e-5, rngs, patch_bias=False, first_norm=True)
-        self.vision_out = nnx.Linear(tower.width, width, use_bias=False, rngs=rngs)
-
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Float [n, h, w, 3] in [-1, 1] to vectors of length 1, [n, e]."""
-        images = normalised((images + 1) * 127.5, self.vision.side)
-        return unit(self.vision_out(self.vision.norm(self.vision(images)[:, 0])))
-
-
-def seeing(tower: config.Tower, width: int, params: Mapping[str, Any]) -> Seeing:
-    """With parameters as `Words.arrays` has them."""
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Seeing(tower, width, nnx.Rngs(0))))
-    return nnx.merge(graph, _numbered(params))
-
-
-def _numbered(tree: Any) -> Any:
-    """Names of layers, which are strings in checkpoints and numbers in modules."""
-    if not isinstance(tree, Mapping):
-        return tree
-    return {int(name) if str(name).isdigit() else name: _numbered(part) for name, part in tree.items()}
-
-
-def tower_of(sizes: Mapping[str, Any]) -> config.Tower:
-    """Of a CLIP's config.json.
-
-    Raises:
-      ConfigError: a tower of another form.
-    """
-    vision = sizes["vision_config"]
-    epsilon = vision.get("layer_norm_eps", 1e-5)
-    config.require(epsilon == 1e-5, f"vision_config: layer_norm_eps={epsilon}; only CLIP's 1e-05 is known here.")
-    return config.Tower(
-        side=vision["image_size"],
-        patch=vision["patch_size"],
-        width=vision["hidden_size"],
-        hidden=vision["intermediate_size"],
-        depth=vision["num_hidden_layers"],
-        heads=vision["num_attention_heads"],
-        activation=vision.get("hidden_act", "quick_gelu"),
-    )
+PARTS = {"vision": "vision", "vision_out": "out"}  # of a CLIP, as mmdiff.pretrained.tower.Tower calls them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +40,7 @@ class Words:
     global_: np.ndarray
     tower: config.Tower
     tower_params: dict[str, np.ndarray]
-    """By path, as in vision/encoder/layers/0/q/kernel."""
+    """Of mmdiff.pretrained.tower.Tower by path, as in vision/encoder/layers/0/q/kernel."""
 
     @classmethod
     def of(
@@ -103,8 +49,9 @@ class Words:
         """With the vision half of `model`, whose config.json is `sizes`."""
         flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
         own = {"/".join(map(str, path)): np.asarray(leaf[...], np.float32) for path, leaf in flat}
-        kept = {path: leaf for path, leaf in own.items() if path.split("/")[0] in ("vision", "vision_out")}
-        return cls(tuple(local_words), tuple(global_words), local, global_, tower_of(sizes), kept)
+        split = {path: path.split("/", 1) for path in own}
+        kept = {f"{PARTS[part]}/{rest}": own[path] for path, (part, rest) in split.items() if part in PARTS}
+        return cls(tuple(local_words), tuple(global_words), local, global_, sizes_of(sizes, "the tower's folder"), kept)
 
     def arrays(self) -> dict[str, Any]:
         """The untrained part of a tokenizer's parameters: float32, nested dicts."""
@@ -118,6 +65,8 @@ class Words:
         return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), found)
 
     def save(self, path: str | Path) -> None:
+        from safetensors.numpy import save_file
+
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         told = {
@@ -137,6 +86,8 @@ def read_words(path: str | Path) -> Words:
     Raises:
       DataError: nothing of the kind is there.
     """
+    import safetensors
+
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file of words; experiments/frozen_lm/words.py makes one.")

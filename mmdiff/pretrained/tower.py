@@ -1,0 +1,88 @@
+"""The vision half of a network of images and texts, as tokenizers and front ends hold it: in their own parameters, frozen.
+
+    features    what the last layer leaves on the residual stream, before the last norm, without the class token
+    embedding   the vector of the whole image, of unit length, as CLIP compares it with texts
+
+Letters: n images, h and w pixels, t patches of the tower, d its width, e width of its embedding.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mmdiff import config
+from mmdiff.pretrained.clip import unit
+from mmdiff.pretrained.encoder import VisionTower, normalised
+
+NAMES = {  # in a vision_config of the transformers package
+    "side": "image_size",
+    "patch": "patch_size",
+    "width": "hidden_size",
+    "hidden": "intermediate_size",
+    "depth": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "activation": "hidden_act",
+    "epsilon": "layer_norm_eps",
+}
+USUAL: dict[str, dict[str, Any]] = {  # where a config.json leaves it out
+    "clip": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    "blip2": {"hidden_act": "gelu", "layer_norm_eps": 1e-6},
+}
+
+
+def vision_config(sizes: config.Tower) -> dict[str, Any]:
+    """What a config.json calls these sizes."""
+    return {theirs: getattr(sizes, ours) for ours, theirs in NAMES.items()}
+
+
+def sizes_of(told: Mapping[str, Any], where: str) -> config.Tower:
+    """Sizes of the vision half of a CLIP with this config.json, which `where` names.
+
+    Raises:
+      ConfigError: it describes no CLIP.
+    """
+    vision, out = told.get("vision_config"), told.get("projection_dim", 0)
+    found = USUAL["clip"] | vision if isinstance(vision, dict) else {}
+    config.require(
+        out > 0 and set(NAMES.values()) <= set(found),
+        f"{where}: its config.json does not describe a CLIP (vision_config with {', '.join(NAMES.values())}, "
+        "and projection_dim).",
+    )
+    return config.Tower(**{ours: found[theirs] for ours, theirs in NAMES.items()}, embedding=out)
+
+
+class Tower(nnx.Module):
+    def __init__(self, sizes: config.Tower, rngs: nnx.Rngs):
+        self.side = sizes.side
+        self.vision = VisionTower(
+            vision_config(sizes), sizes.activation, sizes.epsilon, rngs, patch_bias=False, first_norm=True
+        )
+        self.out = nnx.Linear(sizes.width, sizes.embedding, use_bias=False, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Float [n, h, w, 3] in [-1, 1] to features float32 [n, t, d] and embeddings [n, e], through which nothing is
+        learnt."""
+        x = self.vision(normalised((images + 1) * 127.5, self.side))
+        embedding = unit(self.out(self.vision.norm(x[:, 0])))
+        return jax.lax.stop_gradient((x[:, 1:].astype(jnp.float32), embedding.astype(jnp.float32)))
+
+
+def on_host(module: nnx.Module) -> dict[str, Any]:
+    """Its parameters: a nested dict of NumPy arrays."""
+    return jax.tree.map(np.asarray, named(nnx.to_pure_dict(nnx.state(module, nnx.Param))))
+
+
+def named(tree: Any) -> Any:
+    """Nested dicts with strings for the numbers that lists of modules have, as checkpoints keep them."""
+    return {str(key): named(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
+
+
+def numbered(tree: Any) -> Any:
+    """The inverse, of the keys."""
+    if isinstance(tree, Mapping):
+        return {int(key) if str(key).isdigit() else key: numbered(value) for key, value in tree.items()}
+    return tree
