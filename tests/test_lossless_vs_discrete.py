@@ -46,6 +46,7 @@ STAND_IN = {"side": 32, "patch": 4, "width": 192, "hidden": 384, "depth": 4, "he
 
 def test_images_of_known_entropy_are_counted_and_a_selector_that_does_not_care_is_found_out(monkeypatch):
     selector = ran("selector.py", monkeypatch)
+    selector["interval"].__globals__["DRAWS"] = 100
     rng = np.random.default_rng(0)
     for _ in range(20):
         pixels, told = selector["drawn"](rng)
