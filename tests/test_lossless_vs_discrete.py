@@ -272,7 +272,13 @@ def test_arms_are_compared_on_equal_terms(monkeypatch):
         assert (cfg.training.seed, cfg.training.steps, cfg.training.checkpoint_every, cfg.training.keep_every) == (1, 32, 2, 2)
         assert (cfg.model.width, cfg.model.depth, cfg.optimizer) == (one.model.width, one.model.depth, one.optimizer), arm
         assert cfg.layout.row_length == one.layout.row_length and cfg.data.generator == one.data.generator
-    assert {cfg.layout.images for cfg in settings.values()} == {"denoised", "read", "next_code", "masked_code"}
+    assert {cfg.layout.images for cfg in settings.values()} == {
+        "denoised",
+        "read",
+        "next_code",
+        "masked_code",
+        "next_embedding",
+    }
     low, high = joint["interval"]([0.5, 0.7, 0.6], [0.01] * 3)
     assert 0.5 < low < 0.56 and 0.64 < high < 0.7
     assert joint["interval"]([0.5], [0.0]) == (0.5, 0.5)

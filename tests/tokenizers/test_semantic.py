@@ -211,7 +211,7 @@ def test_documents_of_different_lengths_are_drawn_together_as_alone(trained):
     (alone,) = trained.generate(prompts[1:2], max_tokens=0, seed=[2])
     np.testing.assert_array_equal(together[1].images[0].pixels, alone.images[0].pixels)
     assert (together[0].images[0].pixels != alone.images[0].pixels).any()
-    with pytest.raises(ConfigError, match="decodes images of 32x32 alone"):
+    with pytest.raises(ConfigError, match="knows images of 32x32 alone"):
         trained.generate(prompts, image_size=(64, 64))
 
 
@@ -262,6 +262,6 @@ class Listed(list):
 
 
 def test_it_is_measured_by_the_evaluate_command(run, capsys):
-    assert main(["evaluate", str(run[0]), "--metrics", "psnr", "code_use", "--count", "4", "--json"]) == 0
+    assert main(["evaluate", str(run[0]), "--metrics", "psnr,code_use", "--count", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["bits_nominal"] == pytest.approx(COUNT * np.log2(24)) and found["bits_per_image"] < found["bits_nominal"]

@@ -187,9 +187,9 @@ def test_what_cannot_work_is_refused(folder):
         Tokenizer(residual=True)
     with pytest.raises(ConfigError, match=r"tokenizer\.latents=4"):
         experiment(folder, latents=4)
-    with pytest.raises(ConfigError, match=r"must be a multiple of patch"):
-        Tower(side=30)
     cfg = experiment(folder)
+    with pytest.raises(ConfigError, match=r"must be a multiple of patch"):
+        experiment(folder, tower=dataclasses.replace(cfg.tokenizer.tower, side=30))
     with pytest.raises(ConfigError, match=r"model\.depth=1"):
         dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, depth=1))
     assert Config.from_json(cfg.to_json()) == cfg

@@ -49,8 +49,8 @@ class Words:
         """With the vision half of `model`, whose config.json is `sizes`."""
         flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
         own = {"/".join(map(str, path)): np.asarray(leaf[...], np.float32) for path, leaf in flat}
-        split = {path: path.split("/", 1) for path in own}
-        kept = {f"{PARTS[part]}/{rest}": own[path] for path, (part, rest) in split.items() if part in PARTS}
+        split = [(path.partition("/"), leaf) for path, leaf in own.items()]
+        kept = {f"{PARTS[part]}/{rest}": leaf for (part, _, rest), leaf in split if part in PARTS}
         return cls(tuple(local_words), tuple(global_words), local, global_, sizes_of(sizes, "the tower's folder"), kept)
 
     def arrays(self) -> dict[str, Any]:
