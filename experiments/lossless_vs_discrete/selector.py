@@ -25,11 +25,11 @@ WORKDIR gets the images, a run per seed and results.jsonl; the same command goes
 import argparse
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import joint
 import numpy as np
 import PIL.Image
 from scipy.stats import spearmanr
@@ -92,17 +92,6 @@ def settings(arguments: argparse.Namespace, seed: int) -> config.Config:
         "tokenizer.encoder": str(arguments.encoder),
     }
     return replaced(load_experiment(f"{HERE / 'semantic.py'}:lavit"), changes)
-
-
-def trained(cfg: config.Config, workdir: Path) -> None:
-    """Train, or go on with, one run, in a process of its own."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    experiment = workdir / "experiment.json"
-    experiment.write_text(cfg.to_json())
-    command = [sys.executable, "-m", "mmdiff", "train", str(experiment), "--workdir", str(workdir)]
-    ended = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=(workdir / "log.txt").open("a"))
-    if ended.returncode:
-        raise SystemExit(f"{workdir}: training ended with {ended.returncode}; see {workdir / 'log.txt'}.")
 
 
 def kept(tokenizer, params, images: np.ndarray) -> np.ndarray:
@@ -192,7 +181,7 @@ def main() -> int:
         if any(same(record) and record["seed"] == seed for record in records):
             continue
         workdir = arguments.workdir / f"steps-{arguments.steps}" / f"seed-{seed}"
-        trained(settings(arguments, seed), workdir)
+        joint.trained(settings(arguments, seed), workdir)
         told = {"seed": seed, "steps": arguments.steps, "encoder": str(arguments.encoder)}
         records.append(told | measured(mmdiff.load_tokenizer(workdir), TESTED))
         with kept_in.open("a") as file:
