@@ -1,4 +1,4 @@
-"""Tokenizers of what a frozen encoder says of 32 x 32 images: LaVIT and SEED. Minutes each on two cores.
+"""Tokenizers of what a frozen encoder says of 32 x 32 images: LaVIT and SEED. LaVIT takes some forty minutes on two cores.
 
     python experiments/stand_ins/two_tower.py --side 32 --patch 4 --out runs/stand_ins/two_tower_32
     mmdiff train experiments/lossless_vs_discrete/semantic.py:lavit --workdir runs/tokenizers/lavit
