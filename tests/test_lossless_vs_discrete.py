@@ -388,6 +388,8 @@ def test_the_report_says_what_is_lost_won_and_open(monkeypatch, tmp_path):
         ("E5", "attributes drawn as asked, at the end", "vq_ar"): "wins",
         ("E5", "attributes drawn as asked, at the end", "masked"): "open",
     }
+    few = [row for row in runs if row["seed"] < 2]  # too few to say how far seeds lie apart
+    assert {c.verdict for c in report["of_joint"](few)} == {"open"}
     for name, records in (("readers", right), ("joint", runs)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.jsonl").write_text("\n".join(map(json.dumps, records)))

@@ -5,7 +5,8 @@
 RESULTS holds what the experiments left there, as for plots.py; what is missing is left out and named. Every front end of E4 and
 every arm of E5 is compared with raw patches, measure by measure. An interval is a bootstrap over the seeds of both sides, each
 value redrawn with its standard error; a measure is won or lost where the interval of the difference leaves out zero, and
-open otherwise. Intervals are of 95% each: of twenty comparisons between equals one is decided by chance.
+open otherwise, as it is with fewer than three seeds on either side. Intervals are of 95% each: of twenty comparisons between
+equals one is decided by chance.
 """
 
 import argparse
@@ -36,6 +37,7 @@ BETTER = {  # measures of E5: what they are about, and the sign of what is good
 }
 WHEN = {0.25: "at a quarter of the steps", 1.0: "at the end"}
 RAW_ARM = "raw"
+SEEDS = 3  # fewer say little about how far seeds lie apart
 
 
 class Comparison(NamedTuple):
@@ -46,9 +48,12 @@ class Comparison(NamedTuple):
     value: float
     low: float  # of the gain over raw patches: positive is better
     high: float
+    seeds: int  # on the side that has fewer
 
     @property
     def verdict(self) -> str:
+        if self.seeds < SEEDS:
+            return "open"
         return "wins" if self.low > 0 else "loses" if self.high < 0 else "open"
 
 
@@ -70,7 +75,9 @@ def compared(
     mean = lambda side: float(np.mean([value for value, _ in side]))
     for what, side in sides.items():
         if what != raw and side and sides.get(raw):
-            yield Comparison(experiment, measure, what, mean(sides[raw]), mean(side), *gain(side, sides[raw], sign))
+            low, high = gain(side, sides[raw], sign)
+            seeds = min(len(side), len(sides[raw]))
+            yield Comparison(experiment, measure, what, mean(sides[raw]), mean(side), low, high, seeds)
 
 
 def of_readers(found: list[dict]) -> Iterator[Comparison]:
@@ -109,11 +116,11 @@ def answers(comparisons: Sequence[Comparison]) -> str:
         of = [c for c in comparisons if c.verdict == verdict]
         parts.append(f"<h2>{title}: {len(of)} of {len(comparisons)} comparisons</h2>")
         rows = [
-            [c.experiment, c.measure, c.what, f"{c.raw:.3f}", f"{c.value:.3f}", f"{c.low:+.3f} to {c.high:+.3f}"]
+            [c.experiment, c.measure, c.what, f"{c.raw:.3f}", f"{c.value:.3f}", f"{c.low:+.3f} to {c.high:+.3f}", str(c.seeds)]
             for c in sorted(of, key=lambda c: (c.experiment, -abs(c.low + c.high)))
         ]
         if rows:
-            parts.append(as_html(["", "measure", "with", "raw patches", "with it", "gain, 95%"], rows))
+            parts.append(as_html(["", "measure", "with", "raw patches", "with it", "gain, 95%", "seeds"], rows))
     return "\n".join(parts)
 
 
