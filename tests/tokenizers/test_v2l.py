@@ -160,7 +160,7 @@ def test_files_of_words(folder, tmp_path):
     for change, what in (
         ({"codes": 299}, "codes=299"),
         ({"global_codes": 11}, "global_codes=11"),
-        ({"tower": Tower()}, "tower="),
+        ({"tower": Tower(side=8, patch=4, width=16, depth=1, heads=2)}, "tower="),
     ):
         with pytest.raises(ConfigError, match=rf"tokenizer\.{what}"):
             TokenizerNetwork.of(experiment(folder, **change)).init(jax.random.key(0))
