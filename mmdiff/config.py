@@ -23,16 +23,22 @@ __all__ += ["AUTOENCODERS", "SEMANTIC", "TOKENIZERS", "FrontEnd", "Tokenizer", "
 __all__ += ["check_image_size", "require", "suggest"]
 
 
+CODED = "next_code", "next_vector", "masked_code"  # values of layout.images with which codes stand for images
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
     """How documents become rows (mmdiff/layout.py)."""
 
     row_length: int = 256
-    images: Literal["denoised", "next_code", "masked_code", "next_pixel", "next_patch", "next_embedding", "read"] = "denoised"
+    images: Literal[
+        "denoised", "next_code", "next_vector", "masked_code", "next_pixel", "next_patch", "next_embedding", "read"
+    ] = "denoised"
     """How images enter and leave the model (mmdiff/image_paths/base.py). `denoised`: raw patches, drawn by denoising.
-    `next_code`, `masked_code`: codes of data.tokenizer, predicted one after another, or many at a time. `next_pixel`: pixels,
-    predicted one after another. `next_patch`: raw patches, each regressed on those before it. `next_embedding`: the same with
-    vectors of `front_end`. `read`: raw patches, or vectors of `front_end`, that are read and never drawn."""
+    `next_code`, `masked_code`: codes of data.tokenizer, predicted one after another, or many at a time. `next_vector`: the
+    same codes, the numbers of each regressed on the codes before it. `next_pixel`: pixels, predicted one after another.
+    `next_patch`: raw patches, each regressed on those before it. `next_embedding`: the same with vectors of `front_end`.
+    `read`: raw patches, or vectors of `front_end`, that are read and never drawn."""
     order: Order = "raster"
     """In which order an image's positions are predicted, with `next_...` (mmdiff/orders.py)."""
     markers: bool = True
@@ -86,7 +92,7 @@ class Layout:
     @property
     def codes(self) -> bool:
         """Whether codes stand for images, not raw patches."""
-        return self.images in ("next_code", "masked_code")
+        return self.images in CODED
 
     @property
     def in_order(self) -> bool:
@@ -157,7 +163,7 @@ class Data:
     vocabulary: str = "auto"
     """`auto`: the one in the prepared folder, else trained on the data's own text. `bytes`, or a path to a .model file."""
     tokenizer: str = ""
-    """Folder of a tokenizer's run, whose codes stand for images (layout.images="next_code" or "masked_code"). A run keeps a
+    """Folder of a tokenizer's run, whose codes stand for images (layout.images="next_code", for one). A run keeps a
     copy of the tokenizer."""
     vocabulary_size: int = 512
     """Pieces to train when a vocabulary is trained here."""

@@ -162,7 +162,7 @@ def _check_front_end(cfg: "Config") -> None:
     require(layout.order == "raster", f"layout.order={layout.order!r} has no meaning with {name}: set it to 'raster'.")
     width = front.width or model.width
     require(
-        front.kind in ("linear", "mlp") or width % front.heads == 0,
+        front.kind in ("linear", "mlp", "merger") or width % front.heads == 0,
         f"front_end.heads={front.heads} does not divide the adapter's width, {width}: change front_end.heads or "
         "front_end.width.",
     )
@@ -179,7 +179,7 @@ def _check_tokenizer(cfg: "Config") -> None:
         return
     name = f"model.network={model.network!r}"
     unread: tuple[str, ...] = AUTOENCODER_ONLY if model.network in SEMANTIC else SEMANTIC_ONLY
-    unread += {"lavit": ("stage",), "seed": ("deterministic",)}.get(model.network, ())
+    unread += {"lavit": ("stage",), "seed": ("deterministic", "keep", "causal")}.get(model.network, ())
     for field in (name for name in unread if (name, settings.quantizer) != ("tower", "v2l")):
         value, usual = getattr(settings, field), getattr(type(settings)(), field)
         require(value == usual, f"tokenizer.{field}={value!r} has no meaning with {name}; leave it at its default, {usual!r}.")

@@ -13,10 +13,11 @@ HEEDED = {  # fields that mean something to one kind or the other; elsewhere the
     "resampler": ("tokens", "width", "depth", "heads", "gated"),
     "qformer": ("tokens", "width", "depth", "heads", "init"),
     "causal_former": ("tokens", "width", "depth", "heads", "regression"),
+    "merger": ("tokens", "depth", "init"),
 }
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "relu", "silu")  # of mmdiff/pretrained/encoder.py
 COMMON = ("kind", "encoder", "names", "tower", "skipped", "frozen")
-Kind = Literal["none", "linear", "mlp", "resampler", "qformer", "causal_former"]
+Kind = Literal["none", "linear", "mlp", "resampler", "qformer", "causal_former", "merger"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,8 @@ class FrontEnd:
 
     kind: Kind = "none"
     """What makes them of the tower's features. `linear`, `mlp`: each patch by itself (LLaVA). `resampler`: learned latents read
-    all (Flamingo). `qformer`: learned queries read all (BLIP-2). `causal_former`: learned queries, one after another (Emu)."""
+    all (Flamingo). `qformer`: learned queries read all (BLIP-2). `causal_former`: learned queries, one after another (Emu).
+    `merger`: the patches that a tokenizer's selector keeps, merged with the rest (LaVIT)."""
     encoder: str = ""
     """Folder of the tower's weights, as of CLIP or of BLIP-2 (mmdiff/pretrained/). A run keeps them in its checkpoints."""
     names: Literal["clip", "blip2"] = "clip"
@@ -38,7 +40,8 @@ class FrontEnd:
     frozen: bool = True
     """The tower is never trained."""
     tokens: int = 0
-    """How many vectors stand for an image; `linear`, `mlp`: as many as the tower has patches."""
+    """How many vectors stand for an image; `linear`, `mlp`: as many as the tower has patches. merger: at most so many of those
+    that are kept."""
     width: int = 0
     """Of the adapter's own layers; 0: that of the model."""
     depth: int = 2
@@ -48,7 +51,8 @@ class FrontEnd:
     """resampler: texts read the vectors in layers of their own, one before every so many of the model's, whose gates start at
     zero; the image's positions hold a learned sign in their place. 0: there are none, the vectors stand in the row."""
     init: str = ""
-    """qformer: folder of one that was trained by itself (experiments/stand_ins/qformer.py); empty: starts afresh."""
+    """qformer: folder of one that was trained by itself (experiments/stand_ins/qformer.py); empty: starts afresh. merger:
+    the run of the LaVIT tokenizer that it and the selector come from."""
     regression: Literal["l2", "cosine"] = "l2"
     """causal_former with layout.images="next_embedding": how far a prediction is from the next vector."""
 
@@ -90,6 +94,13 @@ class FrontEnd:
             "tokens" not in heeded or self.tokens >= 1,
             f"front_end.tokens={self.tokens} must be at least 1 with front_end.kind={self.kind!r}: how many vectors stand for "
             "an image.",
+        )
+        merger = self.kind == "merger"
+        require(not merger or bool(self.init), "front_end.kind='merger' needs front_end.init, the run of a LaVIT tokenizer.")
+        require(
+            not merger or (self.names, self.skipped, self.frozen) == ("clip", 0, True),
+            f"front_end.names={self.names!r}, skipped={self.skipped}, frozen={self.frozen}: with front_end.kind='merger' they "
+            "must be 'clip', 0 and True, as of the tokenizer.",
         )
         require(self.width >= 0, f"front_end.width={self.width} must not be negative (0: that of the model).")
         require(self.gated >= 0, f"front_end.gated={self.gated} must not be negative (0: none).")

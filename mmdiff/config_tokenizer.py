@@ -16,7 +16,8 @@ HEEDED = {  # fields that mean something to one quantizer or the other; elsewher
 Name = Literal["vq", "simvq", "fsq", "lfq", "none", "v2l"]
 
 
-SEMANTIC_ONLY = ("encoder", "tower", "depth", "deterministic", "stage")  # of tokenizers with a frozen encoder; v2l has a tower
+# of tokenizers with a frozen encoder; v2l, too, has a tower
+SEMANTIC_ONLY = ("encoder", "tower", "depth", "deterministic", "keep", "causal", "stage")
 AUTOENCODER_ONLY = ("error", "adversarial", "adversarial_start", "perceptual", "perceptual_weights")
 
 
@@ -69,6 +70,10 @@ class Tokenizer:
     deterministic: bool = False
     """lavit: in use, keep a patch if that is likelier than not. False: as published, whether it is kept is drawn at random
     (from the image's own pixels and a key, so that an image's codes are always the same)."""
+    keep: float = 1 / 3
+    """lavit: share of the patches that the selector is drawn to keep. 1: all of them, always, without a selector."""
+    causal: bool = True
+    """lavit: in the merger a kept patch reads those before it, as published; False: all that are kept."""
     stage: Literal[1, 2] = 2
     """seed: 1 trains the Q-Former on images with texts; 2 freezes it (training.init names the run of stage 1) and trains the
     codes."""
@@ -131,6 +136,7 @@ class Tokenizer:
                 f"tokenizer.global_tokens={self.global_tokens} must be from 1 to tokenizer.global_codes={self.global_codes}.",
             )
         require(self.latents >= 0, f"tokenizer.latents={self.latents} must not be negative (0: one code for each patch).")
+        require(0 < self.keep <= 1, f"tokenizer.keep={self.keep} must be above 0, and at most 1.")
         require(0 <= self.decay < 1, f"tokenizer.decay={self.decay} must be in [0, 1).")
         for name in ("restart", "commitment", "entropy", "adversarial", "adversarial_start", "perceptual"):
             value = getattr(self, name)

@@ -31,14 +31,27 @@ def test_every_tokenizer_of_the_experiments_can_be_made(name):
     assert ("discriminator" in params) == (name == "gan")
 
 
-@pytest.mark.parametrize("name", ["lavit", "seed", "seed_pairs"])
+@pytest.mark.parametrize("name", ["lavit", "lavit_fixed", "lavit_bidirectional", "seed", "seed_pairs"])
 def test_tokenizers_on_a_frozen_encoder_can_be_made(name):
     cfg = load_experiment(f"{FOLDER / 'semantic.py'}:{name}")
     cfg = replaced(cfg, {f"tokenizer.tower.{key}": value for key, value in STAND_IN.items()})
     params = jax.eval_shape(TokenizerNetwork.of(cfg, None, 300).init, jax.random.key(0))
-    assert {"lavit": "selector", "seed": "between", "seed_pairs": "words"}[name] in params
-    system = load_experiment(f"{FOLDER / 'systems.py'}:{name}") if name != "seed_pairs" else None
-    assert system is None or (system.layout.images == "next_code" and system.model.patch == cfg.model.patch)
+    assert {"seed": "between", "seed_pairs": "words"}.get(name, "selector") in params
+    if name != "seed_pairs":
+        file, _, arm = ("lavit_arms", *name.partition("_")[1:]) if name.startswith("lavit_") else ("systems", "", name)
+        system = load_experiment(f"{FOLDER / file}.py:{arm}")
+        assert system.layout.images == "next_code" and system.model.patch == cfg.model.patch
+        assert system.data.tokenizer.endswith(f"/{name}")
+
+
+def test_arms_of_lavit_differ_in_one_thing_each():
+    lavit, regression, fixed, _, continuous = (
+        load_experiment(f"{FOLDER / 'lavit_arms.py'}:{arm}") for arm in runpy.run_path(str(FOLDER / "lavit_arms.py"))["ARMS"]
+    )
+    assert replaced(regression, {"layout.images": "next_code", "name": "lavit"}) == lavit
+    assert replaced(fixed, {"data.tokenizer": lavit.data.tokenizer, "name": "lavit"}) == lavit
+    assert continuous.front_end.init == lavit.data.tokenizer and continuous.training == lavit.training
+    assert (continuous.model, continuous.optimizer) == (lavit.model, lavit.optimizer)
 
 
 STAND_IN = {"side": 32, "patch": 4, "width": 192, "hidden": 384, "depth": 4, "heads": 6, "embedding": 64}

@@ -1,4 +1,4 @@
-"""Tokenizers of what a frozen encoder says of 32 x 32 images: LaVIT and SEED. LaVIT takes some forty minutes on two cores.
+"""Tokenizers of what a frozen encoder says of 32 x 32 images: LaVIT, two that differ from it in one thing, and SEED.
 
     python experiments/stand_ins/two_tower.py --side 32 --patch 4 --out runs/stand_ins/two_tower_32
     mmdiff train experiments/lossless_vs_discrete/semantic.py:lavit --workdir runs/tokenizers/lavit
@@ -6,6 +6,7 @@
     mmdiff train experiments/lossless_vs_discrete/semantic.py:seed --workdir runs/tokenizers/seed
     mmdiff train experiments/lossless_vs_discrete/systems.py:lavit --workdir runs/systems/lavit
 
+`lavit_fixed` keeps every patch; in the merger of `lavit_bidirectional` a patch reads all that are kept (lavit_arms.py).
 `seed_pairs` is the first stage of `seed`. With a real encoder: --tokenizer.encoder FOLDER (CLIP's, as Hugging Face keeps it),
 images of any size; its features then decide how many codes there are.
 """
@@ -20,20 +21,28 @@ CODES, CODE_WIDTH, QUERIES = 512, 16, 8
 ONE_CAPTION = (("draw", 1.0),)
 
 
-def config() -> Config:
+def config(name: str = "lavit", **changes) -> Config:
     """LaVIT: of 64 features a third is kept, each as one of 512 codes of 16 numbers, compared by direction."""
     return Config(
-        name="tokenizer_lavit",
+        name=f"tokenizer_{name}",
         model=Model(network="lavit", width=128, depth=4, patch=4, head_width=32),
-        tokenizer=Tokenizer(quantizer="vq", codes=CODES, code_width=CODE_WIDTH, encoder=ENCODER, depth=2),
+        tokenizer=Tokenizer(quantizer="vq", codes=CODES, code_width=CODE_WIDTH, encoder=ENCODER, depth=2, **changes),
         layout=Layout(markers=False, row_length=64),
         data=Data(source="shapes", generator=ONE_CAPTION, max_objects=2, vocabulary="bytes"),
         optimizer=Optimizer(learning_rate=1e-3, warmup=100),
-        training=Training(steps=2000, batch_size=32, ema=0.99, validation_rows=256),
+        training=Training(steps=1000, batch_size=16, ema=0.99, validation_rows=256),
     )
 
 
 lavit = config
+
+
+def lavit_fixed() -> Config:
+    return config("lavit_fixed", keep=1.0)
+
+
+def lavit_bidirectional() -> Config:
+    return config("lavit_bidirectional", causal=False)
 
 
 def seed() -> Config:

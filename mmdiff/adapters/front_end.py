@@ -21,6 +21,7 @@ from mmdiff import config
 from mmdiff.adapters.causal_former import CausalFormer
 from mmdiff.adapters.layers import linear
 from mmdiff.adapters.linear import PerPatch
+from mmdiff.adapters.merger import MergerAdapter, SelectingTower
 from mmdiff.adapters.qformer import QFormerAdapter
 from mmdiff.adapters.resampler import Resampler
 from mmdiff.nn.layers import RMSNorm, gather, parameter
@@ -84,9 +85,9 @@ class FrontEnd(nnx.Module):
 
     def vectors(self, pixels: jax.Array, tower: VisionTower) -> jax.Array:
         """Images [n, h, w, 3] in [-1, 1] to [n, k, d]."""
-        features = look(tower, pixels, self.front)
-        vectors = self.adapter(self.place(features, "rows", None, None))
-        return self._scaled(vectors)
+        features = self.place(look(tower, pixels, self.front), "rows", None, None)
+        chosen = (tower.keep(features),) if isinstance(tower, SelectingTower) else ()
+        return self._scaled(self.adapter(features, *chosen))
 
     def predict(self, hidden: jax.Array, cell: jax.Array | None) -> jax.Array:
         """Final hidden states [b, t, d] to the vectors that should stand behind them, float32 [b, t, d]; the cells make no
@@ -163,4 +164,6 @@ def make_adapter(front: config.FrontEnd, width: int, rngs: nnx.Rngs, place: Plac
             return QFormerAdapter(*sizes, rngs, place)
         case "causal_former":
             return CausalFormer(*sizes, rngs, place)
+        case "merger":
+            return MergerAdapter(front.tower, width, front.tokens, front.depth, rngs, place)
     raise config.ConfigError(f"front_end.kind={front.kind!r} makes no vectors.")

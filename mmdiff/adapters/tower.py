@@ -9,6 +9,7 @@ from typing import Any
 from flax import nnx
 
 from mmdiff import config
+from mmdiff.adapters.merger import SelectingTower
 from mmdiff.pretrained.blip2 import load_blip2_vision
 from mmdiff.pretrained.clip import load_clip
 from mmdiff.pretrained.encoder import VisionTower
@@ -21,6 +22,8 @@ TOWER = "tower"
 def make_tower(front: config.FrontEnd, rngs: nnx.Rngs) -> VisionTower:
     """One with random weights."""
     tower, clip = front.tower, front.names == "clip"
+    if front.kind == "merger":
+        return SelectingTower(tower, rngs)
     return VisionTower(vision_config(tower), tower.activation, tower.epsilon, rngs, patch_bias=not clip, first_norm=clip)
 
 

@@ -72,6 +72,7 @@ class Batches:
         if cfg.front_end.kind != "none":
             tokenizer = Slices(cfg)
         self.source, self.vocabulary, self.cfg, self.tokenizer = source, vocabulary, cfg, tokenizer
+        self.levels = tokenizer.levels(cfg.patch_values) if cfg.layout.images == "next_vector" else None  # of codes
         self.seed = cfg.training.seed if learn else 0
         layout, data = cfg.layout, cfg.data
         drop, flip = (layout.text_drop, 0.5 * data.flip) if learn else (0.0, 0.0)
@@ -158,7 +159,7 @@ class Batches:
         pieces = self._kept(pieces)
         plans = plan_images(pieces, self.cfg.layout, choice.trailing)
         model = self.cfg.model
-        return lay_out(
+        rows = lay_out(
             pieces,
             plans,
             self.vocabulary,
@@ -167,6 +168,9 @@ class Batches:
             positions=model.positions,
             dropped=choice.drop,
         )[0]
+        if self.levels is not None:
+            rows.patches[rows.is_patch] = self.levels[rows.tokens[rows.is_patch] - self.vocabulary.codes_range[0]]
+        return rows
 
     def pieces(self, index: int) -> list[Piece]:
         """Document `index`, tokenised and cut; kept in memory while there is room."""

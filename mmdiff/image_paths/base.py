@@ -4,6 +4,7 @@
     denoised        raw patches, noised block  all of it           by denoising                  by a solver
     masked_code     codes, noised block        all of it           where a code is masked        many codes at a time
     next_code       codes, in the stream       what came before    as the next token             code by code
+    next_vector     codes, in the stream       what came before    by regression                 code by code
     next_pixel      pixels, in the stream      what came before    by its distribution           pixel by pixel
     next_patch      raw patches, in the stream what came before    by regression                 patch by patch
     next_embedding  vectors, in the stream     what came before    by regression                 vector by vector, then pixels
@@ -51,12 +52,13 @@ class ImagePath(Protocol):
 
 def image_path(layout: config.Layout) -> ImagePath:
     """The one that a layout names."""
-    from mmdiff.image_paths import denoised, masked_code, next_code, next_embedding, next_patch, next_pixel, read
+    from mmdiff.image_paths import denoised, masked_code, next_code, next_embedding, next_patch, next_pixel, next_vector, read
 
     paths: dict[str, ImagePath] = {
         "denoised": denoised,
         "masked_code": masked_code,
         "next_code": next_code,
+        "next_vector": next_vector,
         "next_pixel": next_pixel,
         "next_patch": next_patch,
         "next_embedding": next_embedding,

@@ -10,6 +10,7 @@ Letters: b rows, n codes of an image, v vocabulary, g branches of guidance.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -55,26 +56,45 @@ def draw(model: "Model", drawing: "Drawing", options: "Options") -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("network", "codes", "sizes"))
 def _draw(network: Network, codes: tuple[int, int], sizes: tuple[int, int], drawing: "Drawing", choice: "Choice") -> jax.Array:
-    from mmdiff.sampling.text import before_image, buffers, choose, one_token
+    from mmdiff.sampling.text import choose
+
+    ids = jnp.arange(network.vocabulary_size)
+    allowed = ((ids >= codes[0]) & (ids < codes[1]))[None]
+
+    def chosen(logits: jax.Array, column: jax.Array) -> jax.Array:
+        count = len(drawing.keys)
+        keys = jax.vmap(jax.random.fold_in)(drawing.keys, jnp.full(count, column))
+        return choose(guidance.guided(logits[:count], logits[-count:], drawing.guide.scale), allowed, keys, choice)
+
+    return code_by_code(network, codes[0], sizes, drawing, lambda model, hidden: model.text_logits(hidden), chosen)
+
+
+def code_by_code(
+    network: Network,
+    first_code: int,
+    sizes: tuple[int, int],
+    drawing: "Drawing",
+    said: Callable[[Any, jax.Array], jax.Array],
+    chosen: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """Ids int32 [b, n], each of which `chosen` makes of what is `said` at the position before it, and its number: of the
+    model and hidden states [g b, d] an array [g b, .], and of that and int32 [] tokens int32 [b]."""
+    from mmdiff.sampling.text import before_image, buffers, one_token
 
     model, canvas, branches = network.bind(drawing.params), drawing.canvas, len(drawing.caches)
     cache = jax.tree.map(lambda *c: jnp.concatenate(c), *drawing.caches)
     count, columns = canvas.position.shape[1:3]
-    ids = jnp.arange(network.vocabulary_size)
-    allowed = ((ids >= codes[0]) & (ids < codes[1]))[None]
     again = lambda a: jnp.tile(a, (branches, *[1] * (a.ndim - 1)))
 
     def advance(column, carry):
-        logits, fresh, drawn = carry
-        cond, worse = logits[:count], logits[-count:]
-        keys = jax.vmap(jax.random.fold_in)(drawing.keys, jnp.full(count, column))
-        token = choose(guidance.guided(cond, worse, drawing.guide.scale), allowed, keys, choice)
+        heard, fresh, drawn = carry
+        token = chosen(heard, column)
         position = jax.lax.dynamic_index_in_dim(jnp.asarray(canvas.position), column, axis=2, keepdims=False)
         cell = jax.lax.dynamic_index_in_dim(jnp.asarray(canvas.cell), column, axis=1, keepdims=False)
         place = position.reshape(branches * count, 2)
         hidden, fresh = one_token(model, cache, fresh, column, again(token), place, again(cell), is_patch=True)
-        return model.text_logits(hidden[:, 0]), fresh, drawn.at[:, column].set(token - codes[0])
+        return said(model, hidden[:, 0]), fresh, drawn.at[:, column].set(token - first_code)
 
-    first = model.text_logits(before_image(model, cache, canvas, sizes))
+    first = said(model, before_image(model, cache, canvas, sizes))
     start = first, buffers(cache, columns), jnp.zeros((count, columns), jnp.int32)
     return jax.lax.fori_loop(0, columns, advance, start)[2]

@@ -138,14 +138,23 @@ class ConvHead(nnx.Module):
 class Codes(nnx.Module):
     """The part of an image's positions that is no token, where codes stand for patches: where each of them lies."""
 
-    def __init__(self, cfg: config.Model, rngs: nnx.Rngs, place: Placement = NOWHERE):
+    def __init__(self, cfg: config.Model, rngs: nnx.Rngs, place: Placement = NOWHERE, *, regressed: bool = False):
+        """`regressed`: the numbers of codes are predicted, too."""
         self.width, self.values, self.placed = cfg.width, 3 * cfg.patch**2, cfg.places != "none"
+        if regressed:
+            self.norm = RMSNorm(cfg.width)
+            self.numbers_out = Linear(cfg.width, self.values, rngs, axes=("width", None), place=place)
         if self.placed:
             self.place_in = PlaceIn(cfg, rngs, place)
 
     def embed(self, z: jax.Array, u: jax.Array, cell: jax.Array, step: jax.Array | None = None) -> jax.Array:
         """Cells [b, t, 4] to float32 [b, t, d]; the rest, as of RawPatches, makes no difference."""
         return self.place_in(cell) if self.placed else jnp.zeros((*cell.shape[:-1], self.width))
+
+    def predict(self, hidden: jax.Array, cell: jax.Array) -> jax.Array:
+        """Final hidden states [b, t, d] to the numbers of the codes behind them, float32 [b, t, p]; the cells make no
+        difference."""
+        return self.numbers_out(self.norm(hidden).astype(jnp.float32))
 
 
 class RawPatches(nnx.Module):

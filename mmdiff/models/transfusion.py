@@ -104,13 +104,13 @@ class Transfusion(nnx.Module):
         if vocabulary_size:
             self.text_embedding = parameter(table, ("vocabulary", "width"))
         self.image: Any
-        self.codes = images in ("next_code", "masked_code")
+        self.codes = images in config.CODED
         self.fronted = front is not None
         if front is not None:
             self.tower = make_tower(front[0], rngs)
             self.image = FrontEnd(cfg, *front, rngs, place, draws=images == "next_embedding")
         elif self.codes:
-            self.image = Codes(cfg, rngs, place)
+            self.image = Codes(cfg, rngs, place, regressed=images == "next_vector")
         else:
             outputs = {"read": 0, "next_pixel": MIXTURE_VALUES}.get(images)
             self.image = RawPatches(cfg, rngs, place, outputs)

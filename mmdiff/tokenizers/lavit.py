@@ -3,7 +3,7 @@
     keep    k = hard Gumbel-softmax(selector(f)), straight through                              float32 [b, n], 0 or 1
     merge   x = f;  in each layer  x += Self(norm x; k);  x += Cross(norm x, norm f; 1 - k);  x += MLP(norm x)
     decode  y = queries;  each layer  y += Self(norm y);  y += Cross(norm y, codes + place[rank]; k);  y += MLP(norm y)
-    loss    mean_i (1 - cos(f_i, y_i)) + 2 (rho - mean k)^2                                     rho = 1/3
+    loss    mean_i (1 - cos(f_i, y_i)) + 2 (rho - mean k)^2                                     rho = tokenizer.keep, 1/3
 
 Attention under a policy p is (1)  a_ij = (exp(s_ij - m_i) p_ij + e / n) / (sum_j exp(s_ij - m_i) p_ij + e), e = 1e-6: it has a
 gradient in p, by which the selector learns what is worth keeping. Self is causal and reads what is kept (a dropped position
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 EPSILON = 1e-6
-RHO, RATIO_WEIGHT = 1 / 3, 2.0
+RATIO_WEIGHT = 2.0
 
 
 def policy_attention(scores: jax.Array, policy: jax.Array) -> jax.Array:
@@ -100,6 +100,12 @@ def kept(choice: jax.Array, key: jax.Array | None) -> jax.Array:
     return soft + jax.lax.stop_gradient(hard - soft)
 
 
+def at_least_one(keep: jax.Array, choice: jax.Array) -> jax.Array:
+    """`keep` [b, n], with the patch of the best chance where an image would keep none."""
+    best = jax.nn.one_hot(choice[..., 0].argmax(-1), choice.shape[1])
+    return keep + jax.lax.stop_gradient(best * (keep.sum(-1, keepdims=True) < 0.5))
+
+
 class Packed(NamedTuple):
     """The kept patches of each image, in order, before what only fills up."""
 
@@ -109,14 +115,16 @@ class Packed(NamedTuple):
 
 
 class Merger(nnx.Module):
-    def __init__(self, width: int, depth: int, heads: int, rngs: nnx.Rngs):
+    def __init__(self, width: int, depth: int, heads: int, rngs: nnx.Rngs, *, causal: bool = True):
+        """`causal`: a kept patch reads those before it, as published; else all that are kept."""
+        self.causal = causal
         self.norm_read, self.norm = nnx.LayerNorm(width, rngs=rngs), nnx.LayerNorm(width, rngs=rngs)
         self.layers = nnx.List([Layer(width, heads, rngs) for _ in range(depth)])
 
     def __call__(self, features: jax.Array, keep: jax.Array) -> jax.Array:
         """Features [b, n, d] and what is kept of them [b, n] to [b, n, d], of which only kept positions mean something."""
         count = features.shape[1]
-        own = jnp.where(jnp.eye(count, dtype=bool), 1.0, keep[:, None]) * jnp.tril(jnp.ones((count, count)))
+        own = jnp.where(jnp.eye(count, dtype=bool), 1.0, keep[:, None]) * self._order(count)
         read, x = self.norm_read(features), features
         for layer in self.layers:
             x = layer(x, own, read, 1 - keep[:, None])
@@ -127,11 +135,16 @@ class Merger(nnx.Module):
         index = jnp.argsort(1 - keep, axis=-1, stable=True)[:, :most]
         filled = jnp.take_along_axis(keep, index, axis=1) > 0
         x = jnp.take_along_axis(features, index[..., None], axis=1)
-        own = jnp.tril(jnp.ones((index.shape[1],) * 2)) * filled[:, None]
+        own = self._order(index.shape[1]) * filled[:, None]
         read = self.norm_read(features)
         for layer in self.layers:
             x = layer(x, own, read, 1 - keep[:, None])
         return Packed(self.norm(x), filled, index)
+
+    def _order(self, count: int) -> jax.Array:
+        """1 where a patch may read another one: [count, count]."""
+        every = jnp.ones((count, count))
+        return jnp.tril(every) if self.causal else every
 
 
 class Decoder(nnx.Module):
@@ -159,8 +172,3 @@ def feature_loss(features: jax.Array, decoded: jax.Array) -> jax.Array:
     """Mean of 1 - cosine over the patches of each image: float32 [b]."""
     unit = lambda a: a / jnp.maximum(jnp.linalg.norm(a.astype(jnp.float32), axis=-1, keepdims=True), 1e-6)
     return (1 - (unit(features) * unit(decoded)).sum(-1)).mean(-1)
-
-
-def ratio_loss(keep: jax.Array) -> jax.Array:
-    """How far what is kept of a batch is from RHO."""
-    return RATIO_WEIGHT * jnp.square(RHO - keep.mean())

@@ -6,7 +6,8 @@
 
 In training all positions are worked through under the policies of lavit.py; in use the kept ones alone, to the same result.
 Which ones are kept is drawn at random also in use, as published, from a key that the image's own pixels determine;
-tokenizer.deterministic takes the likelier choice. An image keeps at least one patch: the one with the best chance.
+tokenizer.deterministic takes the likelier choice. An image keeps at least one patch: the one with the best chance. With
+tokenizer.keep=1 there is no choice: every image has a code for each patch.
 
 Places of kept patches are not transmitted: the decoder knows only their order. In a document the k codes stand in one row, and
 its length is written first, `[IMG] <rows 1> <cols k>`, where LaVIT's language model writes [/IMG] when it has written enough.
@@ -24,13 +25,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmdiff import config
-from mmdiff.layout import Rows
 from mmdiff.pretrained.tower import Tower
-from mmdiff.tokenizers.lavit import RATIO_WEIGHT, RHO, Decoder, Merger, Selector, feature_loss, kept
-from mmdiff.tokenizers.network import Objective, Seen
+from mmdiff.tokenizers.lavit import RATIO_WEIGHT, Decoder, Merger, Selector, at_least_one, feature_loss, kept
+from mmdiff.tokenizers.network import Seen
 from mmdiff.tokenizers.pixel_decoder import PixelDecoder
 from mmdiff.tokenizers.quantizers.base import Learning, Quantizer
-from mmdiff.tokenizers.semantic import DRAWING, LAST_TENTH, SemanticNetwork, own_keys, weighted
+from mmdiff.tokenizers.semantic import DRAWING, Loss, SemanticNetwork, own_keys, weighted
 
 
 class Narrow(nnx.Module):
@@ -48,7 +48,8 @@ class Parts(nnx.Module):
         settings, tower = network.tokenizer, network.tokenizer.tower
         width, code_width = tower.width, network.quantizer.width
         self.tower, self.selector = Tower(tower, rngs), Selector(width, rngs)
-        self.merger, self.narrow = Merger(width, settings.depth, tower.heads, rngs), Narrow(width, code_width, rngs)
+        self.merger = Merger(width, settings.depth, tower.heads, rngs, causal=settings.causal)
+        self.narrow = Narrow(width, code_width, rngs)
         self.decoder = Decoder(tower.count, width, code_width, settings.depth, tower.heads, rngs)
         self.pixels = PixelDecoder(
             network.cfg, network.diffusion, network.sampling, network.grid, (tower.count, width), rngs, network.place
@@ -61,19 +62,19 @@ class BoundLavit:
     quantizer: Quantizer
     params: Any
     codebook: Any
-    deterministic: bool
+    settings: config.Tokenizer
 
     def keep(self, features: jax.Array, keys: jax.Array | None) -> jax.Array:
         """0 or 1 for each patch, float32 [n, t], straight through; keys [n]: of each image's draws, None: the likelier."""
+        if self.settings.keep == 1:
+            return jnp.ones(features.shape[:2])
         choice = self.module.selector(features)
-        keep = kept(choice, None) if keys is None else jax.vmap(kept)(choice, keys)
-        best = jax.nn.one_hot(choice[..., 0].argmax(-1), choice.shape[1])
-        return keep + jax.lax.stop_gradient(best * (keep.sum(-1, keepdims=True) < 0.5))
+        return at_least_one(kept(choice, None) if keys is None else jax.vmap(kept)(choice, keys), choice)
 
     def coded(self, images: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """Features [n, t, d], codes [n, t, c], and ids int32 [n, t] of which the first `lengths` [n] are an image's."""
         features, _ = self.module.tower(images)
-        keep = self.keep(features, None if self.deterministic else own_keys(images, key))
+        keep = self.keep(features, None if self.settings.deterministic else own_keys(images, key))
         packed = self.module.merger.packed(features, keep, keep.shape[1])
         quantised = self.quantizer(self.params, self.codebook, self.module.narrow(packed.x))
         return features, quantised.codes, jnp.where(packed.filled, quantised.ids, 0), packed.filled.sum(-1)
@@ -108,20 +109,10 @@ class LavitNetwork(SemanticNetwork):
         return Parts(self, nnx.Rngs(params=key))
 
     def _bound(self, module: Any, params: Any, codebook: Any) -> BoundLavit:
-        return BoundLavit(module, self.quantizer, params, codebook, self.tokenizer.deterministic)
+        return BoundLavit(module, self.quantizer, params, codebook, self.tokenizer)
 
-    def objective(self, cfg: config.Config) -> Objective:
+    def losses(self, params: Any, images: jax.Array, weight: jax.Array, key: jax.Array, restart: jax.Array | bool) -> Loss:
         """Equation (1)."""
-        last = LAST_TENTH * cfg.training.steps
-
-        def loss_of(params: Any, rows: Rows, key: jax.Array, step: jax.Array):
-            images, weight = self.images(rows)
-            return self.losses(params, images, weight, key, step < last)
-
-        return loss_of
-
-    def losses(self, params: Any, images: jax.Array, weight: jax.Array, key: jax.Array, restart: jax.Array | bool):
-        """The same of images [n, h, w, 3] that count as `weight` [n] says."""
         model = self.bind(params)
         choices, restarts, noise = jax.random.split(key, 3)
         features, _ = model.module.tower(images)
@@ -133,6 +124,6 @@ class LavitNetwork(SemanticNetwork):
         apart = weighted(feature_loss(features, decoded), weight)
         share = weighted(keep.mean(-1), weight)
         pixels = weighted(model.module.pixels.losses(images, jax.lax.stop_gradient(decoded), noise), weight)
-        loss = apart + RATIO_WEIGHT * jnp.square(RHO - share) + quantised.loss + pixels
+        loss = apart + RATIO_WEIGHT * jnp.square(self.tokenizer.keep - share) + quantised.loss + pixels
         metrics = {"image_loss": pixels, "feature_loss": apart, "keep_ratio": share, "quantizer_loss": quantised.loss}
         return loss, (metrics, quantised.state)

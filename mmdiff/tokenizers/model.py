@@ -111,6 +111,24 @@ class Tokenizer:
         """Nominal bits of an image; of a dynamic tokenizer, of one with the most codes."""
         return self.network.bits
 
+    def levels(self, values: int) -> np.ndarray:
+        """The numbers of every code as pixels would be given, uint8 [codes, values]: the largest of all is 255, the negative of
+        it 0; what a code lacks to so many numbers is 128.
+
+        Raises:
+          ConfigError: a code has more numbers.
+        """
+        network = self.network
+        ids, bound = jnp.arange(self.codes), network.bind(self.params)
+        table = np.asarray(network.quantizer.decode(bound.params, bound.codebook, ids), np.float32)
+        config.require(
+            table.shape[1] <= values,
+            f"a code has {table.shape[1]} numbers, and a position of a row carries {values} (3 model.patch^2): with "
+            "layout.images='next_vector' take a tokenizer of narrower codes, or a larger model.patch.",
+        )
+        scaled = np.rint(127.5 * (1 + table / max(np.abs(table).max(), 1e-9))).astype(np.uint8)
+        return np.pad(scaled, ((0, 0), (0, values - scaled.shape[1])), constant_values=128)
+
     def encode(self, images: Sequence[np.ndarray], *, seed: int | None = None) -> Any:
         """Ids of images uint8 [h, w, 3]: int32 [n, l], or of a dynamic tokenizer a list of n arrays int32 [k].
 
@@ -121,7 +139,8 @@ class Tokenizer:
           DataError: an image of another size. ConfigError: a continuous tokenizer has no ids; nothing is drawn at random.
         """
         config.require(self.codes > 0, "tokenizer.quantizer='none' has no ids; use reconstruct, or another quantizer.")
-        random = self.dynamic and not self.cfg.tokenizer.deterministic
+        settings = self.cfg.tokenizer
+        random = self.dynamic and not settings.deterministic and settings.keep < 1
         config.require(seed is None or random, f"seed={seed}: this tokenizer draws nothing at random; leave it out.")
         ids, lengths = self._grouped(self._encode, self._checked(images), seed or 0)
         return ids if not self.dynamic else [row[:length] for row, length in zip(ids, lengths, strict=True)]

@@ -33,7 +33,7 @@ from mmdiff.tokenizers.network import UNTRAINED, Objective, Seen
 from mmdiff.tokenizers.pixel_decoder import PixelDecoder
 from mmdiff.tokenizers.quantizers.base import Learning, Quantizer
 from mmdiff.tokenizers.seed import EMBEDDED, QUANTIZER, REBUILT, Between, Words, pair_losses
-from mmdiff.tokenizers.semantic import DRAWING, LAST_TENTH, SemanticNetwork, weighted
+from mmdiff.tokenizers.semantic import DRAWING, Loss, SemanticNetwork, weighted
 
 BOS, EOS = 1, 2  # as of every vocabulary
 
@@ -112,18 +112,8 @@ class SeedNetwork(SemanticNetwork):
     def _bound(self, module: Any, params: Any, codebook: Any) -> BoundSeed:
         return BoundSeed(module, self.quantizer, params, codebook)
 
-    def objective(self, cfg: config.Config) -> Objective:
+    def losses(self, params: Any, images: jax.Array, weight: jax.Array, key: jax.Array, restart: jax.Array | bool) -> Loss:
         """Equation (1) of seed.py, and the pixels."""
-        last = LAST_TENTH * cfg.training.steps
-
-        def loss_of(params: Any, rows: Rows, key: jax.Array, step: jax.Array):
-            images, weight = self.images(rows)
-            return self.losses(params, images, weight, key, step < last)
-
-        return loss_of
-
-    def losses(self, params: Any, images: jax.Array, weight: jax.Array, key: jax.Array, restart: jax.Array | bool):
-        """The same of images [n, h, w, 3] that count as `weight` [n] says."""
         model = self.bind(params)
         between, (restarts, noise) = model.module.between, jax.random.split(key)
         queries, embedding = model.asked(images)
@@ -203,7 +193,7 @@ class PairNetwork(SemanticNetwork):
         images = einops.rearrange(patches.astype(jnp.float32), "n (rows cols) (p q c) -> n (rows p) (cols q) c", **side)
         return images / 127.5 - 1, text, real, both.astype(jnp.float32)
 
-    def losses(self, params: Any, rows: Rows, key: jax.Array) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
+    def of_pairs(self, params: Any, rows: Rows, key: jax.Array) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
         """The three losses, the share of images that find their text, and how many pairs there are."""
         images, text, real, weight = self.pairs(rows)
         module = self.bind(params)
@@ -215,7 +205,7 @@ class PairNetwork(SemanticNetwork):
         """The sum of the three losses."""
 
         def loss_of(params: Any, rows: Rows, key: jax.Array, step: jax.Array):
-            found, right, _ = self.losses(params, rows, key)
+            found, right, _ = self.of_pairs(params, rows, key)
             return sum(found.values(), jnp.zeros(())), (found | {"retrieval": right}, {})
 
         return loss_of
@@ -238,4 +228,4 @@ class PairNetwork(SemanticNetwork):
 
 @functools.partial(jax.jit, static_argnames="network")
 def _measured(network: PairNetwork, params: Any, rows: Rows, key: jax.Array):
-    return network.losses(params, rows, key)
+    return network.of_pairs(params, rows, key)

@@ -21,12 +21,14 @@ from jax.sharding import Mesh
 
 from mmdiff import config
 from mmdiff.data.vocabulary import text_start
-from mmdiff.tokenizers.network import TokenizerNetwork, named
+from mmdiff.layout import Rows
+from mmdiff.tokenizers.network import Objective, TokenizerNetwork, named
 from mmdiff.tokenizers.tower import read_tower
 
 DIFFUSION, SAMPLING = config.Diffusion(), config.Sampling()  # the usual ones
 DRAWING = 7  # key of the one noise from which all pixels are drawn
-LAST_TENTH = 0.9  # of the training: no code starts anew after it
+LAST_TENTH = 0.9  # of the training
+Loss = tuple[jax.Array, tuple[dict[str, jax.Array], Any]]  # and what it is made of, and the codebook's next state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,20 @@ class SemanticNetwork(TokenizerNetwork):
     @property
     def code_grid(self) -> tuple[int, int]:
         return 1, self.length
+
+    def objective(self, cfg: config.Config) -> Objective:
+        """That of `losses`; no code starts anew in the last tenth of the training."""
+        last = LAST_TENTH * cfg.training.steps
+
+        def loss_of(params: Any, rows: Rows, key: jax.Array, step: jax.Array):
+            images, weight = self.images(rows)
+            return self.losses(params, images, weight, key, step < last)
+
+        return loss_of
+
+    def losses(self, params: Any, images: jax.Array, weight: jax.Array, key: jax.Array, restart: jax.Array | bool) -> Loss:
+        """Of images [n, h, w, 3] that count as `weight` [n] says; `restart`: whether dead codes may start anew."""
+        raise NotImplementedError
 
     def given(self) -> dict[str, Any]:
         return {"tower": named(read_tower(self.tokenizer))}

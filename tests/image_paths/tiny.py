@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 
-from mmdiff.config import Config, Data, Layout, Model
+from mmdiff.config import CODED, Config, Data, Layout, Model
 from mmdiff.data.vocabulary import Vocabulary
 from mmdiff.document import Image
 from mmdiff.layout import lay_out, pack, plan_images, stack, text_pieces
@@ -26,7 +26,7 @@ def tokenizer(name: str = "fsq") -> Tokenizer:
 
 
 def configuration(images: str, block: str = "attention", sparse: str = "none", **layout) -> Config:
-    codes = images in ("next_code", "masked_code")
+    codes = images in CODED
     return Config(
         model=Model(
             width=48,

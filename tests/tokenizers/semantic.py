@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -19,14 +20,20 @@ CLIP_CONFIG = {
 CODES = Tokenizer(quantizer="vq", codes=24, code_width=4, depth=1)
 
 
+def filled(make, seed: int):
+    """The module that `make` makes, with random parameters none of which is zero or one, without asking the compiler."""
+    graph, params = nnx.split(nnx.eval_shape(make))
+    rng = np.random.default_rng(seed)
+
+    def drawn(path, leaf):
+        return jnp.asarray(0.35 * rng.standard_normal(leaf.shape) + ("scale" in jax.tree_util.keystr(path)), jnp.float32)
+
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(drawn, params))
+
+
 def encoder(folder) -> str:
     """Its folder, in the form of CLIP."""
-    clip = CLIP(CLIP_CONFIG, nnx.Rngs(0))
-    graph, params = nnx.split(clip)
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    random = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    save_module(nnx.merge(graph, structure.unflatten(random)), folder, CLIP_CONFIG)
+    save_module(filled(lambda: CLIP(CLIP_CONFIG, nnx.Rngs(0)), 1), folder, CLIP_CONFIG)
     return str(folder)
 
 

@@ -21,8 +21,7 @@ from mmdiff.tokenizers.tower import resolved
 from mmdiff.training.checkpoint import restore_params
 from mmdiff.training.loop import train
 
-from .semantic import CODES, encoder, experiment, pixels
-from .test_lavit import wide
+from .semantic import CODES, encoder, experiment, filled, pixels
 from .test_semantic import Listed
 
 WIDTH, QUERIES = 8, 3
@@ -110,10 +109,8 @@ def test_pairs_are_cut_out_of_packed_rows(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def former():
-    rngs = nnx.Rngs(0)
-    return wide(QFormer(WIDTH, 5, 2, 2, QUERIES, rngs), jax.random.key(1)), wide(
-        Words(30, 6, WIDTH, 2, 4, rngs), jax.random.key(2)
-    )
+    asked = filled(lambda: QFormer(WIDTH, 5, 2, 2, QUERIES, nnx.Rngs(0)), 1)
+    return asked, filled(lambda: Words(30, 6, WIDTH, 2, 4, nnx.Rngs(0)), 2)
 
 
 FEATURES = jax.random.normal(jax.random.key(3), (2, 4, 5))

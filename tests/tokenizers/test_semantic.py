@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 
 import mmdiff
+from mmdiff.adapters.folders import front_end_parameters
 from mmdiff.cli.main import main
-from mmdiff.config import Config, ConfigError, Data, Layout, Model, Optimizer, Training
+from mmdiff.config import Config, ConfigError, Data, FrontEnd, Layout, Model, Optimizer, Training
 from mmdiff.data.batches import Batches, Choice
 from mmdiff.document import IMG, DataError, Document, Image
+from mmdiff.models.network import Network
 from mmdiff.pretrained.clip import load_clip
 from mmdiff.pretrained.encoder import normalised
-from mmdiff.tokenizers.lavit import RHO
 from mmdiff.tokenizers.model import Tokenizer as Trained
 from mmdiff.tokenizers.network import TokenizerNetwork
 from mmdiff.tokenizers.tower import read_sizes
 from mmdiff.training.checkpoint import restore_params
 from mmdiff.training.loop import train
+from mmdiff.training.run import merged
 
 from .semantic import encoder, experiment, pixels
 
@@ -163,8 +165,58 @@ def test_only_kept_patches_and_real_images_count(learnt):
 def test_the_loss_is_the_sum_of_its_terms(learnt):
     params, images, losses = learnt
     loss, (parts, _) = losses(params, images, jnp.ones(4))
-    expected = parts["feature_loss"] + 2 * (RHO - parts["keep_ratio"]) ** 2 + parts["quantizer_loss"] + parts["image_loss"]
+    expected = parts["feature_loss"] + 2 * (1 / 3 - parts["keep_ratio"]) ** 2 + parts["quantizer_loss"] + parts["image_loss"]
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+# In front of a model that reads.
+
+
+def test_a_model_may_read_the_merged_features_before_they_are_quantised(run, folder, tokenizer):
+    tower = dataclasses.replace(tokenizer.cfg.tokenizer.tower, embedding=0)
+    front = FrontEnd(kind="merger", encoder=folder, init=str(run[0]), tower=tower, skipped=0, tokens=COUNT, depth=1)
+    cfg = Config(
+        model=Model(width=32, depth=1, patch=8, block="attention", head_width=16, lossless=False),
+        layout=Layout(row_length=64, images="read", max_grid=COUNT),
+        front_end=front,
+        data=Data(image_size=(32, 32)),
+    )
+    given, network = front_end_parameters(front, 32), Network.of(cfg, 300)
+    params = merged(jax.jit(network.init)(jax.random.key(0)), given, "here")
+    images = jnp.asarray(pixels(6) / 127.5 - 1, jnp.float32)
+
+    @jax.jit
+    def vectors(params, images):
+        module = network.bind(params)
+        return module.image.vectors(images, module.tower), module.image.adapter.out(jnp.zeros((1, tower.width)))
+
+    settings = dataclasses.replace(tokenizer.cfg.tokenizer, deterministic=True)
+    sure = Trained(dataclasses.replace(tokenizer.cfg, tokenizer=settings), tokenizer.params)
+
+    @jax.jit
+    def whole(tokenizer_params, images):
+        bound = sure.network.bind(tokenizer_params)
+        features, _ = bound.module.tower(images)
+        keep = bound.keep(features, None)
+        return bound.module.merger(features, keep), keep
+
+    found, zero = vectors(params, images)
+    dense, keep = map(np.asarray, whole(sure.params, images))
+    kernel, blank = params["image"]["adapter"]["out"]["kernel"], params["image"]["adapter"]["blank"]
+    assert len(set(keep.sum(-1).tolist())) > 1 and found.shape == (6, COUNT, 32)
+    for one, merged_ones, kept_ones in zip(np.asarray(found), dense, keep > 0, strict=True):
+        count = kept_ones.sum()
+        np.testing.assert_allclose(one[:count], merged_ones[kept_ones] @ kernel + zero, atol=1e-3)
+        np.testing.assert_array_equal(one[count:], np.broadcast_to(blank, (COUNT - count, 32)))
+    assert "selector" in given["tower"] and network.frozen == ("tower",)
+
+    def refused(told, **changes):
+        with pytest.raises(ConfigError, match=told):
+            front_end_parameters(dataclasses.replace(front, **changes), 32)
+
+    refused(r"front_end\.depth=2, and the merger in .* has 1 layers", depth=2)
+    refused(r"front_end\.kind='merger' needs front_end\.init", init="")
+    refused("must be 'clip', 0 and True", frozen=False)
 
 
 # On its codes.

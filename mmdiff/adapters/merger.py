@@ -1,0 +1,51 @@
+"""LaVIT's features before they are quantised, for reading: a front end of the patches that its selector keeps, merged.
+
+    k = keep(selector(f));   v = merger(f, k) W where k = 1, in order, and a learned blank behind the last of them
+
+f are the tower's features. Tower and selector are the tokenizer's and stay as they are; the merger is a copy of its own, which
+learns with the model, as LaVIT's does (mmdiff/tokenizers/lavit.py says what it computes). Of its likelier choices K at most are
+taken; with as many positions as patches none is lost. An image always has K positions, the last of them blanks: LaVIT's have
+as many as are kept.
+
+Source: Jin et al., LaVIT, arXiv 2309.04669. Letters: n images, t patches of the tower, f its width, k positions of an image, d
+the model's width.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mmdiff import config
+from mmdiff.adapters.layers import linear
+from mmdiff.nn.layers import parameter
+from mmdiff.parallel.sharding import Placement
+from mmdiff.pretrained.encoder import VisionTower
+from mmdiff.pretrained.tower import vision_config
+from mmdiff.tokenizers.lavit import Merger, Selector, at_least_one, kept
+
+
+class SelectingTower(VisionTower):
+    """A vision tower of CLIP's form with a tokenizer's selector."""
+
+    def __init__(self, sizes: config.Tower, rngs: nnx.Rngs):
+        super().__init__(vision_config(sizes), sizes.activation, sizes.epsilon, rngs, patch_bias=False, first_norm=True)
+        self.selector = Selector(sizes.width, rngs)
+
+    def keep(self, features: jax.Array) -> jax.Array:
+        """0 or 1 for each patch, float32 [n, t], of features [n, 1 + t, f]."""
+        choice = self.selector(features[:, 1:].astype(jnp.float32))
+        return at_least_one(kept(choice, None), choice)
+
+
+class MergerAdapter(nnx.Module):
+    def __init__(self, tower: config.Tower, outputs: int, tokens: int, depth: int, rngs: nnx.Rngs, place: Placement):
+        self.tokens = tokens
+        self.merger = Merger(tower.width, depth, tower.heads, rngs)
+        self.out = linear(tower.width, outputs, rngs, place)
+        self.blank = parameter(jax.random.normal(rngs.params(), (outputs,)) * 0.02, (None,))
+
+    def __call__(self, features: jax.Array, keep: jax.Array) -> jax.Array:
+        """Features [n, 1 + t, f] and what is kept of them, [n, t], to [n, k, d]."""
+        packed = self.merger.packed(features[:, 1:], keep, self.tokens)
+        x = self.out(packed.x.astype(features.dtype))
+        return jnp.where(packed.filled[..., None], x, self.blank[...].astype(x.dtype))
