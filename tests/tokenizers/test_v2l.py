@@ -1,6 +1,7 @@
 """Codes that are words: what is chosen, what is frozen, what passes through the decoder, and what travels with it."""
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import jax
@@ -164,6 +165,25 @@ def test_files_of_words(folder, tmp_path):
     ):
         with pytest.raises(ConfigError, match=rf"tokenizer\.{what}"):
             TokenizerNetwork.of(experiment(folder, **change)).init(jax.random.key(0))
+
+
+def test_texts_are_cut_into_pieces_as_the_towers_folder_says(tmp_path, monkeypatch):
+    here = Path(__file__).parents[1]  # where pytest finds this folder first, under the package's name
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path or ".").resolve() != here])
+    monkeypatch.delitem(sys.modules, "tokenizers", raising=False)
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    pieces = Tokenizer(models.WordLevel({"<a>": 5, "<z>": 9, "red": 3, "circle": 4, "?": 0}, unk_token="?"))
+    pieces.pre_tokenizer = pre_tokenizers.Whitespace()
+    pieces.post_processor = processors.TemplateProcessing(single="<a> $A <z>", special_tokens=[("<a>", 5), ("<z>", 9)])
+    with pytest.raises(DataError, match=r"tokenizer\.json: not there"):
+        expand.pieces_of(tmp_path, 6, 9)
+    pieces.save(str(tmp_path / "tokenizer.json"))
+    for end in (9, 2):  # which old files of CLIP have
+        found = expand.pieces_of(tmp_path, 6, end)(["red circle", "", "red red blue circle red"])
+        np.testing.assert_array_equal(found, [[5, 3, 4, 9, 9, 9], [5, 9, 9, 9, 9, 9], [5, 3, 3, 0, 4, 9]])
+    with pytest.raises(DataError, match=r"ends texts with 9, and config\.json says eos_token_id=7"):
+        expand.pieces_of(tmp_path, 6, 7)
 
 
 def test_the_experiment_takes_its_sizes_from_the_file(tmp_path, monkeypatch):

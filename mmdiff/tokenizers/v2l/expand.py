@@ -11,6 +11,7 @@ words). Strings that say the same are one candidate here. The images are the cal
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from mmdiff.config import require
+from mmdiff.document import DataError
 from mmdiff.in_context.language import Language
 from mmdiff.pretrained.clip import CLIP
 from mmdiff.pretrained.encoder import normalised
@@ -39,6 +41,37 @@ def bytes_of(longest: int, end: int) -> Ids:
         for row, text in zip(found, texts, strict=True):
             given = text.encode()[: longest - 1]
             row[: len(given)] = list(given)
+        return found
+
+    return ids
+
+
+def pieces_of(folder: str | Path, longest: int, end: int) -> Ids:
+    """For towers whose words are those of the tokenizer.json in their folder, as CLIP's.
+
+    Args:
+      end: eos_token_id of their config.json; 2 stands in old ones of CLIP, and means nothing there.
+    Raises:
+      DataError: there is none, it ends texts otherwise, or the package tokenizers, which reads it, is not installed.
+    """
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(f"{path}: not there; it says how the towers' texts are cut into pieces. Copy it beside config.json.")
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise DataError(f"{path} is read by the package tokenizers: pip install tokenizers.") from error
+    pieces = Tokenizer.from_file(str(path))
+    pieces.no_padding()
+    pieces.enable_truncation(longest)
+    last = (pieces.encode("").ids or [-1])[-1]
+    if last < 0 or end not in (2, last):
+        raise DataError(f"{path} ends texts with {last}, and config.json says eos_token_id={end}: take both of one model.")
+
+    def ids(texts: Sequence[str]) -> np.ndarray:
+        found = np.full((len(texts), longest), last, np.int32)
+        for row, given in zip(found, pieces.encode_batch(list(texts)), strict=True):
+            row[: len(given.ids)] = given.ids
         return found
 
     return ids
