@@ -18,6 +18,7 @@ from mmdiff.config_files import load_experiment, replaced
 from mmdiff.data.probe_pictures import glyph_grid, read_glyphs
 from mmdiff.layout import patchify
 from mmdiff.tokenizers.network import TokenizerNetwork
+from mmdiff.training.flops import training_flops
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "lossless_vs_discrete"
 TOKENIZERS = ["config", "vq", "simvq", "fsq", "lfq", "rotation", "continuous", "convolutional", "gan", "latents"]
@@ -42,6 +43,21 @@ def test_tokenizers_on_a_frozen_encoder_can_be_made(name):
         system = load_experiment(f"{FOLDER / file}.py:{arm}")
         assert system.layout.images == "next_code" and system.model.patch == cfg.model.patch
         assert system.data.tokenizer.endswith(f"/{name}")
+
+
+@pytest.mark.parametrize("name", ["lavit", "seed", "seed_pairs"])
+def test_a_frozen_encoder_of_a_tokenizer_counts_once(name):
+    """One more layer of it, in operations: forwards alone."""
+
+    def flops(depth):
+        cfg = load_experiment(f"{FOLDER / 'semantic.py'}:{name}")
+        tower = {f"tokenizer.tower.{key}": value for key, value in (STAND_IN | {"depth": depth}).items()}
+        return training_flops(replaced(cfg, tower), 300)
+
+    cfg = load_experiment(f"{FOLDER / 'semantic.py'}:{name}")
+    per_row = {"lavit": 1, "seed": 1, "seed_pairs": 192 // (64 + 6)}[name]
+    layer = 2 * 65 * (4 * 192 * 192 + 2 * 192 * 384 + 2 * 65 * 192)
+    assert flops(5) - flops(4) == cfg.training.batch_size * per_row * layer
 
 
 def test_arms_of_lavit_differ_in_one_thing_each():

@@ -112,6 +112,10 @@ class SeedNetwork(SemanticNetwork):
     def _bound(self, module: Any, params: Any, codebook: Any) -> BoundSeed:
         return BoundSeed(module, self.quantizer, params, codebook)
 
+    def looked(self, params: Any, rows: Rows) -> Any:
+        """As of SemanticNetwork."""
+        return self.bind(params).asked(self.images(rows)[0])
+
     def losses(self, params: Any, images: jax.Array, weight: jax.Array, key: jax.Array, restart: jax.Array | bool) -> Loss:
         """Equation (1) of seed.py, and the pixels."""
         model = self.bind(params)
@@ -192,6 +196,10 @@ class PairNetwork(SemanticNetwork):
         side = {"rows": self.grid[0], "cols": self.grid[1], "p": self.cfg.patch, "q": self.cfg.patch}
         images = einops.rearrange(patches.astype(jnp.float32), "n (rows cols) (p q c) -> n (rows p) (cols q) c", **side)
         return images / 127.5 - 1, text, real, both.astype(jnp.float32)
+
+    def looked(self, params: Any, rows: Rows) -> Any:
+        """As of SemanticNetwork."""
+        return self.bind(params).tower(self.pairs(rows)[0])
 
     def of_pairs(self, params: Any, rows: Rows, key: jax.Array) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
         """The three losses, the share of images that find their text, and how many pairs there are."""

@@ -65,6 +65,10 @@ class SemanticNetwork(TokenizerNetwork):
         """Of images [n, h, w, 3] that count as `weight` [n] says; `restart`: whether dead codes may start anew."""
         raise NotImplementedError
 
+    def looked(self, params: Any, rows: Rows) -> Any:
+        """What the frozen parts say of a batch: all of a step that has no backward pass."""
+        return self.bind(params).module.tower(self.images(rows)[0])
+
     def given(self) -> dict[str, Any]:
         return {"tower": named(read_tower(self.tokenizer))}
 

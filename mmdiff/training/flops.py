@@ -14,6 +14,7 @@ from mmdiff.image_paths.base import image_path
 from mmdiff.layout import Rows, empty_row
 from mmdiff.models.network import Network
 from mmdiff.tokenizers.network import TokenizerNetwork
+from mmdiff.tokenizers.semantic import SemanticNetwork
 
 
 def training_flops(cfg: config.Config, vocabulary_size: int) -> float:
@@ -59,12 +60,14 @@ def _frozen_flops(network: Network, rows: Rows) -> float:
 
 
 def _tokenizer_flops(cfg: config.Config, vocabulary_size: int) -> float:
-    """The same of a tokenizer without its discriminator and its perceptual distance; a frozen encoder counts as the rest."""
+    """The same of a tokenizer without its discriminator and its perceptual distance; v2l's tower counts as the rest."""
     plain = dataclasses.replace(cfg.tokenizer, adversarial=0.0, perceptual=0.0, perceptual_weights="")
     cfg = dataclasses.replace(cfg, tokenizer=plain)
     network = TokenizerNetwork.of(cfg, None, vocabulary_size)
     params, key = jax.eval_shape(network.init, jax.random.key(0)), jax.eval_shape(lambda: jax.random.key(0))
-    return 3 * counted_flops(network.objective(cfg), params, _abstract_rows(cfg), key, jax.ShapeDtypeStruct((), jnp.int32))
+    rows, step = _abstract_rows(cfg), jax.ShapeDtypeStruct((), jnp.int32)
+    once = counted_flops(network.looked, params, rows) if isinstance(network, SemanticNetwork) else 0.0
+    return 3 * counted_flops(network.objective(cfg), params, rows, key, step) - 2 * once
 
 
 def flops_by_hand(cfg: config.Config, vocabulary_size: int) -> float:
