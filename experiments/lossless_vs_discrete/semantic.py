@@ -64,12 +64,13 @@ def seed() -> Config:
 
 
 def seed_pairs() -> Config:
-    """The first stage of `seed`: its Q-Former, from images and their captions."""
+    """The first stage of `seed`: its Q-Former, from images and their captions. A row holds one pair, its words are pieces."""
     cfg = seed()
     return dataclasses.replace(
         cfg,
         name="tokenizer_seed_pairs",
         tokenizer=dataclasses.replace(cfg.tokenizer, stage=1),
-        layout=Layout(row_length=192, images="read", max_grid=16, text_drop=0.0),
-        training=dataclasses.replace(cfg.training, steps=1000, init="", sample_every=0),
+        layout=Layout(row_length=104, images="read", max_grid=16, text_drop=0.0),
+        data=dataclasses.replace(cfg.data, vocabulary="auto"),
+        training=dataclasses.replace(cfg.training, steps=600, batch_size=32, init="", sample_every=0),
     )
