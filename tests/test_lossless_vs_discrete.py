@@ -59,6 +59,16 @@ def test_a_frozen_encoder_of_a_tokenizer_counts_once(name):
     assert flops(5) - flops(4) == cfg.training.batch_size * layer
 
 
+@pytest.mark.parametrize("file", ["systems", "orders", "lavit_arms"])
+def test_every_system_of_the_experiments_can_be_made(file):
+    found = runpy.run_path(str(FOLDER / f"{file}.py"))
+    made = [
+        load_experiment(f"{FOLDER / file}.py:{arm}") for arm in (*found["ARMS"], *(["pixels"] if file == "systems" else []))
+    ]
+    assert len({cfg.name for cfg in made}) == len(made)
+    assert {cfg.training.steps for cfg in made} == {800}
+
+
 def test_arms_of_lavit_differ_in_one_thing_each():
     lavit, regression, fixed, _, continuous = (
         load_experiment(f"{FOLDER / 'lavit_arms.py'}:{arm}") for arm in runpy.run_path(str(FOLDER / "lavit_arms.py"))["ARMS"]

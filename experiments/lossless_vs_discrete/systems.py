@@ -117,11 +117,11 @@ def v2l() -> Config:
 
 
 def pixels() -> Config:
-    cfg = config("pixels", "next_pixel")
+    cfg = config("pixels", "read")
     return dataclasses.replace(
         cfg,
         model=dataclasses.replace(cfg.model, patch=1, sparse="strided"),
-        layout=dataclasses.replace(cfg.layout, row_length=1032, max_grid=32, text_drop=1.0),
+        layout=dataclasses.replace(cfg.layout, images="next_pixel", row_length=1032, max_grid=32, text_drop=1.0),
         data=dataclasses.replace(cfg.data, generator=(("draw", 1.0),)),
-        training=dataclasses.replace(cfg.training, steps=1600, batch_size=4, sample_every=0),
+        training=dataclasses.replace(cfg.training, batch_size=4, sample_every=0),
     )
