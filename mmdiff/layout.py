@@ -8,7 +8,7 @@
   conditioned on the clean image, in training exactly as in sampling.
 - With layout.images="next_code", "next_pixel" or "read" an image stands in the stream alone, and its positions read what came
   before them, in `layout.order`.
-- Codes of a tokenizer stand as tokens where raw patches would (layout.images="next_code" or "masked_code").
+- Codes of a tokenizer stand as tokens where raw patches would (layout.images in config.CODED).
 - Every query reads at most two key intervals, so a mask is four int32 vectors, never T x T (`IntervalMask`). That holds for
   strided attention, too, which works on images column by column (nn/strided.py).
 - Positions are 2-D: text at (p, p), the patches of an image around the diagonal (`patch_positions`).

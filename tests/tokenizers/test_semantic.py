@@ -13,6 +13,7 @@ import mmdiff
 from mmdiff.adapters.folders import front_end_parameters
 from mmdiff.cli.main import main
 from mmdiff.config import Config, ConfigError, Data, FrontEnd, Layout, Model, Optimizer, Training
+from mmdiff.config_files import replaced
 from mmdiff.data.batches import Batches, Choice
 from mmdiff.document import IMG, DataError, Document, Image
 from mmdiff.models.network import Network
@@ -114,8 +115,11 @@ def test_the_likelier_choice_draws_nothing(tokenizer):
     choice = np.asarray(choices(sure.params, images.astype(np.float32) / 127.5 - 1))
     expected = np.maximum((choice[..., 0] >= choice[..., 1]).sum(-1), 1)
     assert [len(row) for row in sure.encode(images)] == expected.tolist()
-    with pytest.raises(ConfigError, match="draws nothing at random"):
-        sure.encode(images, seed=1)
+    every = Trained(replaced(tokenizer.cfg, {"tokenizer.keep": 1.0}), tokenizer.params)
+    assert {len(row) for row in every.encode(images)} == {COUNT}
+    for settled in (sure, every):
+        with pytest.raises(ConfigError, match="draws nothing at random"):
+            settled.encode(images, seed=1)
 
 
 def test_a_tokenizer_survives_its_file(tokenizer):
