@@ -2,7 +2,7 @@
 
     python experiments/lossless_vs_discrete/plots.py --results runs/lossless --out docs/lossless.png
 
-RESULTS holds what they left there; a panel whose file is missing stays empty. Those that leave no folder are asked for theirs:
+RESULTS holds what they left there; a panel whose file is missing is left out. Those that leave no folder are asked for theirs:
 
     python experiments/lossless_vs_discrete/input_layer.py --json > runs/lossless/input_layer.json
     python experiments/lossless_vs_discrete/rate.py --json ... > runs/lossless/rate.json
@@ -168,18 +168,14 @@ def read(path: Path) -> Any:
 
 
 def figure_of(results: Path) -> Figure:
-    rows = math.ceil(len(PANELS) / COLUMNS)
+    there = [(panel, found) for panel, name in PANELS if (found := read(results / name))]
+    rows = max(1, math.ceil(len(there) / COLUMNS))
     figure = Figure(figsize=(6 * COLUMNS, 4 * rows), layout="constrained")
-    places = figure.subplots(rows, COLUMNS)
-    for axes, (panel, name) in zip(places.flat, PANELS, strict=False):
-        found = read(results / name)
-        if found:
-            axes.grid(alpha=0.3)
-            panel(axes, found)
-        else:
-            axes.text(0.5, 0.5, f"no {name}", ha="center", va="center", transform=axes.transAxes)
-            axes.set_axis_off()
-    for axes in places.flat[len(PANELS) :]:
+    places = figure.subplots(rows, COLUMNS, squeeze=False)
+    for axes, (panel, found) in zip(places.flat, there, strict=False):
+        axes.grid(alpha=0.3)
+        panel(axes, found)
+    for axes in places.flat[len(there) :]:
         axes.set_axis_off()
     return figure
 

@@ -2,11 +2,12 @@
 
     python experiments/lossless_vs_discrete/report.py --results runs/lossless --out runs/lossless/report.html
 
-RESULTS holds what the experiments left there, as for plots.py; what is missing is left out and named. Every front end of E4 and
-every arm of E5 is compared with raw patches, measure by measure. An interval is a bootstrap over the seeds of both sides, each
-value redrawn with its standard error; a measure is won or lost where the interval of the difference leaves out zero, and
-open otherwise, as it is with fewer than three seeds on either side. Intervals are of 95% each: of twenty comparisons between
-equals one is decided by chance.
+RESULTS holds what the experiments left there, as for plots.py; what is missing is left out and named.
+
+Every front end of E4 and every arm of E5 is compared with raw patches, measure by measure. An interval is a bootstrap over
+the seeds of both sides, each value redrawn with its standard error; a measure is won or lost where the interval of the
+difference leaves out zero, and open otherwise, as it is with fewer than three seeds on either side. Intervals are of 95% each:
+of twenty comparisons between equals one is decided by chance.
 """
 
 import argparse
@@ -164,7 +165,7 @@ def page(results: Path) -> str:
         told, _ = joint.systems(joint.HERE / "systems.py")
         about = "".join(f'<p class="faint">{html.escape(text)}</p>' for text in told.splitlines())
         sections.append(("E5, joint training, at the end", about, joint.table(read["joint/results.jsonl"])))
-    how = " ".join((__doc__ or "").split("\n\n")[2].split())
+    how = " ".join((__doc__ or "").split("\n\n")[3].split())
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Lossless against discrete</title>'
