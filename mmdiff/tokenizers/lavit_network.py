@@ -27,10 +27,10 @@ from flax import nnx
 from mmdiff import config
 from mmdiff.pretrained.tower import Tower
 from mmdiff.tokenizers.lavit import RATIO_WEIGHT, Decoder, Merger, Selector, at_least_one, feature_loss, kept
-from mmdiff.tokenizers.network import Seen
+from mmdiff.tokenizers.network import Objective, Seen
 from mmdiff.tokenizers.pixel_decoder import PixelDecoder
 from mmdiff.tokenizers.quantizers.base import Learning, Quantizer
-from mmdiff.tokenizers.semantic import DRAWING, Loss, SemanticNetwork, own_keys, weighted
+from mmdiff.tokenizers.semantic import DRAWING, Loss, SemanticNetwork, objective_of_images, own_keys, weighted
 
 
 class Narrow(nnx.Module):
@@ -110,6 +110,10 @@ class LavitNetwork(SemanticNetwork):
 
     def _bound(self, module: Any, params: Any, codebook: Any) -> BoundLavit:
         return BoundLavit(module, self.quantizer, params, codebook, self.tokenizer)
+
+    def objective(self, cfg: config.Config) -> Objective:
+        """That of `losses`."""
+        return objective_of_images(self, self.losses, cfg)
 
     def losses(self, params: Any, images: jax.Array, weight: jax.Array, key: jax.Array, restart: jax.Array | bool) -> Loss:
         """Equation (1)."""

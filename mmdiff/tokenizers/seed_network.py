@@ -33,7 +33,7 @@ from mmdiff.tokenizers.network import UNTRAINED, Objective, Seen
 from mmdiff.tokenizers.pixel_decoder import PixelDecoder
 from mmdiff.tokenizers.quantizers.base import Learning, Quantizer
 from mmdiff.tokenizers.seed import EMBEDDED, QUANTIZER, REBUILT, Between, Words, pair_losses
-from mmdiff.tokenizers.semantic import DRAWING, Loss, SemanticNetwork, weighted
+from mmdiff.tokenizers.semantic import DRAWING, Loss, SemanticNetwork, objective_of_images, weighted
 
 BOS, EOS = 1, 2  # as of every vocabulary
 
@@ -111,6 +111,10 @@ class SeedNetwork(SemanticNetwork):
 
     def _bound(self, module: Any, params: Any, codebook: Any) -> BoundSeed:
         return BoundSeed(module, self.quantizer, params, codebook)
+
+    def objective(self, cfg: config.Config) -> Objective:
+        """That of `losses`."""
+        return objective_of_images(self, self.losses, cfg)
 
     def looked(self, params: Any, rows: Rows) -> Any:
         """As of SemanticNetwork."""

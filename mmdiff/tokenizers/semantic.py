@@ -13,6 +13,7 @@ autoencoder come back blurred where its codes say too little; here they come bac
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -51,20 +52,6 @@ class SemanticNetwork(TokenizerNetwork):
     def code_grid(self) -> tuple[int, int]:
         return 1, self.length
 
-    def objective(self, cfg: config.Config) -> Objective:
-        """That of `losses`; no code starts anew in the last tenth of the training."""
-        last = LAST_TENTH * cfg.training.steps
-
-        def loss_of(params: Any, rows: Rows, key: jax.Array, step: jax.Array):
-            images, weight = self.images(rows)
-            return self.losses(params, images, weight, key, step < last)
-
-        return loss_of
-
-    def losses(self, params: Any, images: jax.Array, weight: jax.Array, key: jax.Array, restart: jax.Array | bool) -> Loss:
-        """Of images [n, h, w, 3] that count as `weight` [n] says; `restart`: whether dead codes may start anew."""
-        raise NotImplementedError
-
     def looked(self, params: Any, rows: Rows) -> Any:
         """What the frozen parts say of a batch: all of a step that has no backward pass."""
         return self.bind(params).module.tower(self.images(rows)[0])
@@ -84,6 +71,18 @@ def semantic_network(cfg: config.Config, grid: tuple[int, int], mesh: Mesh | Non
     if cfg.tokenizer.stage == 2:
         return SeedNetwork(*common)
     return PairNetwork(*common, words, text_start(cfg.layout.max_grid), cfg.layout.row_length)
+
+
+def objective_of_images(network: TokenizerNetwork, losses: Callable[..., Loss], cfg: config.Config) -> Objective:
+    """That of `losses`, of (params, images [n, h, w, 3], weight [n], key, restart): `restart` says whether dead codes may start
+    anew, which none does in the last tenth of the training."""
+    last = LAST_TENTH * cfg.training.steps
+
+    def loss_of(params: Any, rows: Rows, key: jax.Array, step: jax.Array):
+        images, weight = network.images(rows)
+        return losses(params, images, weight, key, step < last)
+
+    return loss_of
 
 
 def weighted(values: jax.Array, weight: jax.Array) -> jax.Array:
