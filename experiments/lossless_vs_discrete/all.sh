@@ -52,7 +52,9 @@ pinned() { # core, lane
 began=$SECONDS
 pinned 0 lane_1 &
 pinned 1 lane_2 &
-for lane in $(jobs -p); do wait "$lane"; done
+failed=0
+for lane in $(jobs -p); do wait "$lane" || failed=1; done # the other lane goes on when one fails
+[ $failed = 0 ]
 # shellcheck disable=SC2046
 script rate --json --priors runs/systems/vq_ar --pixels runs/systems/pixels --tokenizers $(tokenizers vq fsq) \
   --images shapes words ${FACES:+"documents=$FACES"}
