@@ -58,14 +58,14 @@ class Examples(NamedTuple):
 
 def examples(documents: Sequence[Document], tokenizer=None) -> Examples:
     """What `documents` ask, their images sent through a tokenizer (None: as they are)."""
-    pairs = [(d.images * 2)[:2] for d in documents]
-    images = np.stack([[image.pixels for image in pair] for pair in pairs])
+    images = [image.pixels for document in documents for image in document.images]
     if tokenizer is not None:
-        flat = images.reshape(-1, *images.shape[2:])
-        parts = [np.asarray(tokenizer.reconstruct(list(flat[i : i + AT_ONCE]))) for i in range(0, len(flat), AT_ONCE)]
-        images = np.concatenate(parts).reshape(images.shape)
+        parts = [np.asarray(tokenizer.reconstruct(images[i : i + AT_ONCE])) for i in range(0, len(images), AT_ONCE)]
+        images = [image for part in parts for image in part]
+    given = iter(images)
+    pairs = [([next(given) for _ in document.images] * 2)[:2] for document in documents]
     return Examples(
-        images,
+        np.array(pairs),
         np.array([KINDS.index(d.extra["kind"]) for d in documents], np.int32),
         np.array([[SIGNS.index(sign) for sign in written(d.extra["answer"])] for d in documents], np.int32),
         np.array([d.extra.get("size", 0) for d in documents], np.int32),
