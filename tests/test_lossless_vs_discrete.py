@@ -39,8 +39,8 @@ def test_tokenizers_on_a_frozen_encoder_can_be_made(name):
     params = jax.eval_shape(TokenizerNetwork.of(cfg, None, 300).init, jax.random.key(0))
     assert {"seed": "between", "seed_pairs": "words"}.get(name, "selector") in params
     if name != "seed_pairs":
-        file, _, arm = ("lavit_arms", *name.partition("_")[1:]) if name.startswith("lavit_") else ("systems", "", name)
-        system = load_experiment(f"{FOLDER / file}.py:{arm}")
+        file = "lavit_arms" if name.startswith("lavit_") else "systems"
+        system = load_experiment(f"{FOLDER / file}.py:{name}")
         assert system.layout.images == "next_code" and system.model.patch == cfg.model.patch
         assert system.data.tokenizer.endswith(f"/{name}")
 
@@ -88,10 +88,10 @@ def test_images_of_known_entropy_are_counted_and_a_selector_that_does_not_care_i
     rng = np.random.default_rng(0)
     for _ in range(20):
         pixels, told = selector["drawn"](rng)
-        plain = np.array([(cell == selector["GREY"]).all() for cell in patchify(pixels, 4)])
+        plain = np.array([(cell == selector["GREY"]).all() for cell in patchify(pixels, 8)])
         np.testing.assert_array_equal(plain, ~told)
-    assert selector["entropy"](np.arange(64) < 1) == pytest.approx(math.log2(43 * 64 * 2**8))  # one cell: which, and what
-    assert selector["entropy"](np.zeros(64)) == pytest.approx(math.log2(43))  # there is one such image
+    assert selector["entropy"](np.arange(16) < 1) == pytest.approx(math.log2(11 * 16 * 2**4))  # one cell: which, and what
+    assert selector["entropy"](np.zeros(16)) == pytest.approx(math.log2(11))  # there is one such image
 
     def record(shares, entropies):
         of = {"shares": shares.tolist(), "share": shares.mean(), "of_cells_with_bits": 0.8, "of_plain_cells": 0.1}
@@ -246,6 +246,24 @@ def test_examples_hold_what_was_asked_and_what_the_tokenizer_left(readers):
         signs = "".join(readers["SIGNS"][sign] for sign in plain.answer[index]).strip()
         assert signs == (document.extra["answer"] if document.extra["kind"] != "same" else document.extra["answer"][0])
     assert set(plain.size[plain.kind == 0]) >= {1, 2} and not plain.size[plain.kind > 0].any()
+
+
+def test_readers_are_shown_what_stands_out(readers):
+    """Against what the generator says: dots counted, an odd pixel found, the colour of a swatch taken from its middle."""
+    documents = readers["held_out"](["count", "odd", "colour"], 20)
+    images, answers = np.stack([d.images[0].pixels for d in documents]), [d.extra["answer"] for d in documents]
+    ground = np.median(images, axis=(1, 2), keepdims=True)
+    figure = jnp.asarray(np.linalg.norm(images - ground, axis=-1) / 127.5, jnp.float32)
+    assert np.asarray(readers["number"](figure))[:20].tolist() == [int(answer) for answer in answers[:20]]
+    top, bottom, left, right = (np.asarray(at)[20:40] for at in readers["outline"](figure))
+    assert [f"{row} {col}" for row, col in zip(top, left, strict=True)] == answers[20:40]
+    assert (bottom - top == 1).all() and (right - left == 1).all()
+    seen, middle = readers["window"](figure, jnp.asarray(images))
+    assert [bytes(pixel).hex() for pixel in np.asarray(middle)[40:]] == answers[40:]
+    size = readers["WINDOW"]
+    assert seen.shape == (60, size, size) and np.allclose(seen[20:40], 1)  # the odd pixel fills its window
+    blank = readers["window"](jnp.zeros((1, 64, 64)), jnp.zeros((1, 64, 64, 3), jnp.uint8))
+    assert np.isfinite(blank[0]).all() and int(readers["number"](jnp.zeros((1, 64, 64)))[0]) == 0
 
 
 def test_a_reader_learns_what_stands_still_there_and_right_answers_are_counted(readers):

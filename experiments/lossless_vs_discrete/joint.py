@@ -10,8 +10,8 @@ share are compared three ways: at equal positions (what the transformer reads), 
 training the tokenizer, and, since width and depth are the same, at nearly equal parameters. An interval is a bootstrap over
 seeds that also redraws every measurement with its standard error.
 
-WORKDIR gets a run per arm and seed, results.jsonl and report.html; the same command goes on where it was stopped. Two commands
-may share the work, each with its own --arms, in one WORKDIR.
+WORKDIR gets a run per arm and seed, results.jsonl and, named after the file of systems, a page; the same command goes on where
+it was stopped. Two commands may share the work, each with its own --arms or --systems, in one WORKDIR.
 """
 
 import argparse
@@ -233,7 +233,7 @@ def main() -> int:
         told = ", ".join(f"{name} {last[name]:.3f}" for name in SHOWN if name in last)
         print(f"{arm}, seed {cfg.training.seed}: {told}", file=sys.stderr, flush=True)
     records = recorded()
-    (arguments.workdir / "report.html").write_text(page(records, claims))
+    (arguments.workdir / f"{arguments.systems.stem}.html").write_text(page(records, claims))
     print(table(records))
     return 0
 

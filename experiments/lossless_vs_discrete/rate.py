@@ -3,7 +3,7 @@
     python experiments/lossless_vs_discrete/rate.py --tokenizers runs/tokenizers/vq runs/tokenizers/fsq \\
         --priors runs/systems/vq_ar --pixels runs/systems/pixels --images shapes words documents=data/faces_32
 
-Bits of an image are counted in three ways: nominal (codes times log2 of how many there are), by the entropy of single codes,
+Bits of an image are counted in three ways: nominal (of each code log2 of how many there are), by the entropy of single codes,
 and, given a model of `layout.images="next_code"` on that tokenizer, by what the model finds unlikely about all codes of an
 image without a text (an upper bound on their entropy, and what a lossless coder would need). PNG and WebP are lossless, and so
 would be a coder with a model of next pixels (--pixels): raw patches carry that much. JPEG and lossy WebP are anchors: their
@@ -76,7 +76,7 @@ def by_tokenizer(tokenizer, real: list[np.ndarray], prior) -> dict:
     if not tokenizer.codes:
         return row
     codes = np.concatenate(tokenizer.encode(real))
-    row["nominal"] = tokenizer.bits
+    row["nominal"] = tokenizer.bits * (len(codes) / len(real) / tokenizer.network.length)  # a dynamic one has fewer codes
     row["entropy"] = float(codebook.entropy_bits(codebook.counts(jnp.asarray(codes), tokenizer.codes))) * len(codes) / len(real)
     row["used"] = float((np.bincount(codes, minlength=tokenizer.codes) > 0).mean())
     if prior is not None:

@@ -14,7 +14,7 @@ from mmdiff.pretrained.load import save_module
 HALF = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 CLIP_CONFIG = {
     "text_config": HALF | {"vocab_size": 8, "max_position_embeddings": 4, "eos_token_id": 7},
-    "vision_config": HALF | {"image_size": 32, "patch_size": 8},
+    "vision_config": HALF | {"image_size": 32, "patch_size": 8, "num_hidden_layers": 2},
     "projection_dim": 8,
 }
 CODES = Tokenizer(quantizer="vq", codes=24, code_width=4, depth=1)

@@ -73,11 +73,12 @@ def test_the_encoder_is_the_given_one_to_the_bit_after_training(run, folder):
         np.testing.assert_array_equal(one, two)  # nor does the average drift
 
 
-def test_features_are_those_of_the_folder_without_class_and_last_norm(tokenizer, folder):
+def test_features_are_those_of_the_folder_before_the_last_layer_without_class(tokenizer, folder):
     images = pixels(2)
     found = tokenizer.network.bind(tokenizer.params).module.tower(images / 127.5 - 1)
     clip = load_clip(folder)
-    x = clip.vision(normalised(images, 32))
+    x = clip.vision(normalised(images, 32), layers=1)
+    assert len(clip.vision.encoder.layers) == 2
     np.testing.assert_allclose(found[0], x[:, 1:], atol=1e-4)
     np.testing.assert_allclose(found[1], clip.embed_images(normalised(images, 32)), atol=1e-5)
 
@@ -178,7 +179,7 @@ def test_the_loss_is_the_sum_of_its_terms(learnt):
 
 def test_a_model_may_read_the_merged_features_before_they_are_quantised(run, folder, tokenizer):
     tower = dataclasses.replace(tokenizer.cfg.tokenizer.tower, embedding=0)
-    front = FrontEnd(kind="merger", encoder=folder, init=str(run[0]), tower=tower, skipped=0, tokens=COUNT, depth=1)
+    front = FrontEnd(kind="merger", encoder=folder, init=str(run[0]), tower=tower, tokens=COUNT, depth=1)
     cfg = Config(
         model=Model(width=32, depth=1, patch=8, block="attention", head_width=16, lossless=False),
         layout=Layout(row_length=64, images="read", max_grid=COUNT),
@@ -285,7 +286,7 @@ def test_what_does_not_fit_is_refused_in_one_line(run, folder, tmp_path):
     refused(lambda: change(latents=4), "needs model.network='vit_autoencoder' or 'seed'")
     refused(lambda: TokenizerNetwork.of(cfg), "says nothing about the encoder")
     refused(lambda: train(change(encoder=str(tmp_path)), tmp_path / "run"), "config.json: not there", DataError)
-    other = dataclasses.replace(read_sizes(folder), depth=2)
+    other = dataclasses.replace(read_sizes(folder), depth=3)
     refused(lambda: train(change(tower=other), tmp_path / "run"), "leave that out")
     plain = dataclasses.replace(cfg.model, network="vit_autoencoder")
     refused(lambda: dataclasses.replace(cfg, model=plain), "tokenizer.encoder='.*' has no meaning")

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Every other system, from nothing: stand-ins, tokenizers, E5 of all arms (systems.py), E6 (lavit_arms.py), E7
+# (../frozen_lm/tasks.py) and E10 (selector.py). Two lanes of commands, one for each of two cores: hours.
+#
+#   bash experiments/lossless_vs_discrete/systems.sh
+#
+# What is done is not done again: the same command goes on where it was stopped (lanes.sh). E5 counts what all.sh needs, too.
+# shellcheck source-path=SCRIPTDIR source=lanes.sh
+source "$(dirname "$0")/lanes.sh"
+stand_ins=runs/stand_ins
+
+# name, file of systems, arms: E5 or E6 of these; all share a folder, so that an arm in two files is trained once
+arms() { python "joint_$1" lossless_vs_discrete/joint.py --workdir "$results/joint" --systems "$here/$2" --arms "${@:3}"; }
+
+lane_1() { # what LaVIT is made of, and the arms on raw patches and plain codes
+  for name in lavit lavit_fixed lavit_bidirectional; do tokenizer $name semantic.py:$name; done
+  arms lavit lavit_arms.py lavit lavit_regression lavit_fixed lavit_bidirectional lavit_continuous
+  for name in vq fsq; do tokenizer $name tokenizers.py:$name; done
+  arms raw systems.py raw read vq_ar fsq_ar masked
+}
+lane_2() { # what reads features, and what a language model is asked about
+  python qformer stand_ins/qformer.py --encoder $stand_ins/two_tower_32 --out $stand_ins/qformer
+  for name in seed_pairs seed; do tokenizer $name semantic.py:$name; done
+  python two_tower stand_ins/two_tower.py --out $stand_ins/two_tower
+  python copying_lm stand_ins/copying_lm.py --out $stand_ins/copying_lm
+  python words frozen_lm/words.py --language $stand_ins/copying_lm --towers $stand_ins/two_tower \
+    --out runs/v2l/words.safetensors
+  tokenizer v2l tokenizers.py:v2l
+  python tasks frozen_lm/tasks.py --language $stand_ins/copying_lm --words runs/v2l/words.safetensors \
+    --tokenizer runs/tokenizers/v2l --workdir runs/frozen_lm
+  arms systems systems.py seed v2l llava flamingo blip2 emu
+  python two_tower_32_8 stand_ins/two_tower.py --side 32 --patch 8 --out $stand_ins/two_tower_32_8
+  script selector --workdir "$results/selector"
+}
+began=$SECONDS
+python two_tower_32 stand_ins/two_tower.py --side 32 --patch 4 --out $stand_ins/two_tower_32
+lanes lane_1 lane_2
+arms all systems.py # the page
+echo "all in $(((SECONDS - began) / 60)) minutes; $results, $log"
