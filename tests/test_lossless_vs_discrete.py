@@ -184,7 +184,7 @@ def test_rows_of_known_entropy_hold_the_cells(monkeypatch, tmp_path):
 class Coarse:
     """A tokenizer by hand: one code per image, the mean level of all its pixels."""
 
-    size, codes, bits = (16, 16), 256, 8.0
+    size, codes, bits, grid = (16, 16), 256, 8.0, (1, 1)
 
     def encode(self, images):
         return np.asarray([[int(np.mean(image))] for image in images], np.int32)
@@ -205,6 +205,9 @@ def test_rates_are_counted_and_lossless_files_are_exact(monkeypatch):
     flat = [np.full((16, 16, 3), level, np.uint8) for level in (0, 0, 10, 200)]
     row = rate["by_tokenizer"](Coarse(), flat, None)
     assert (row["nominal"], row["entropy"], row["used"]) == (8.0, pytest.approx(1.5), 3 / 256) and row["psnr"] > 67
+    longer = Coarse()
+    longer.grid, longer.bits = (1, 4), 32.0  # of which every image has one
+    assert rate["by_tokenizer"](longer, flat, None) == row
     assert "| x | 8 | 2 |  | 1% |" in rate["lines"]("set", [], [{"name": "x"} | row])
 
 

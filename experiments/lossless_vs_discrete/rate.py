@@ -76,7 +76,7 @@ def by_tokenizer(tokenizer, real: list[np.ndarray], prior) -> dict:
     if not tokenizer.codes:
         return row
     codes = np.concatenate(tokenizer.encode(real))
-    row["nominal"] = tokenizer.bits * (len(codes) / len(real) / tokenizer.network.length)  # a dynamic one has fewer codes
+    row["nominal"] = tokenizer.bits * len(codes) / len(real) / math.prod(tokenizer.grid)  # images may have fewer codes
     row["entropy"] = float(codebook.entropy_bits(codebook.counts(jnp.asarray(codes), tokenizer.codes))) * len(codes) / len(real)
     row["used"] = float((np.bincount(codes, minlength=tokenizer.codes) > 0).mean())
     if prior is not None:

@@ -121,7 +121,7 @@ def pixels() -> Config:
     return dataclasses.replace(
         cfg,
         model=dataclasses.replace(cfg.model, patch=1, sparse="strided"),
-        layout=dataclasses.replace(cfg.layout, images="next_pixel", row_length=1032, max_grid=32, text_drop=1.0),
+        layout=dataclasses.replace(cfg.layout, images="next_pixel", row_length=1056, max_grid=32, text_drop=1.0),
         data=dataclasses.replace(cfg.data, generator=(("draw", 1.0),)),
         training=dataclasses.replace(cfg.training, batch_size=4, sample_every=0),
     )
