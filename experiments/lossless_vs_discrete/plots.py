@@ -98,8 +98,8 @@ def rate(axes: Axes, found: dict) -> None:
 
 
 def readers(axes: Axes, found: list[dict]) -> None:
-    """E4: right answers of readers trained anew, by kind and front end; a dot for every seed."""
-    found = [row for row in found if row["reader"] == "anew"]
+    """E4: right answers of each front end's own readers, by kind and front end; a dot for every seed."""
+    found = [row for row in found if row["reader"] == "own"]
     kinds = list(dict.fromkeys(kind for row in found for kind in row["right"] if kind != "ocr"))
     fronts = list(dict.fromkeys(row["front_end"] for row in found))
     for number, front in enumerate(fronts):
@@ -111,7 +111,7 @@ def readers(axes: Axes, found: list[dict]) -> None:
             axes.bar(x, np.mean(of) if of else 0, 0.8 / len(fronts), color=colour, alpha=0.6, label=label)
             axes.plot([x] * len(of), of, ".", c=colour, ms=3)
     axes.set_xticks(range(len(kinds)), kinds, rotation=60, fontsize=7)
-    axes.set(title="E4  answers that are right, readers trained anew", ylim=(0, 1.02))
+    axes.set(title="E4  answers that are right, each front end's own readers", ylim=(0, 1.02))
     axes.legend(fontsize=7)
 
 

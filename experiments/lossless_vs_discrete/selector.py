@@ -1,13 +1,13 @@
 """E10: does LaVIT's selector keep more of an image that says more? Images of exactly known entropy through its tokenizer.
 
-    python experiments/stand_ins/two_tower.py --side 32 --patch 4 --out runs/stand_ins/two_tower_32
+    python experiments/stand_ins/two_tower.py --side 32 --patch 8 --out runs/stand_ins/two_tower_32_8
     python experiments/lossless_vs_discrete/selector.py --workdir runs/lossless/selector
 
-An image has 64 cells, one for each patch of the encoder: m of them, at random places, hold BITS fair bits each, the others are
-plain grey; m is one of 0 to 42, all equally likely, so that on average a third of the cells says something. The image's entropy
-is exactly
+An image has 16 cells, one for each patch of the encoder: m of them, at random places, hold BITS fair bits each, the others are
+plain grey; m is one of 0 to 10, all equally likely, so that on average nearly a third of the cells says something. One of 512
+codes can name the place and the bits of a cell. The image's entropy is exactly
 
-    (1) -log2 p(image) = log2 43 + log2 C(64, m) + m BITS
+    (1) -log2 p(image) = log2 11 + log2 C(16, m) + m BITS
 
 Nothing tells the tokenizer (semantic.py:lavit, trained here on such images) what m is: its loss asks for a third of all patches
 of a batch, not of each image. Measured on unseen images: the mean share that is kept; Spearman's rank correlation of an image's
@@ -41,13 +41,13 @@ from mmdiff.data.probe_pictures import GREY, glyph_grid
 from mmdiff.tokenizers.semantic import own_keys
 
 HERE = Path(__file__).parent
-CELLS, CELL, MOST, BITS = 8, 4, 42, 8
-SEEDS, STEPS, IMAGES, TESTED, DRAWS = 3, 2000, 4000, 512, 2000
+CELLS, CELL, MOST, BITS = 4, 8, 10, 4
+SEEDS, STEPS, BATCH, IMAGES, TESTED, DRAWS = 3, 2000, 64, 16000, 512, 2000
 RATIO, MARGIN, CORRELATION = 1 / 3, 0.02, 0.6
 
 
 def drawn(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """An image uint8 [32, 32, 3], and which of its cells hold bits, bool [64]."""
+    """An image uint8 [32, 32, 3], and which of its cells hold bits, bool [16]."""
     told = np.zeros(CELLS**2, bool)
     told[rng.permutation(CELLS**2)[: rng.integers(MOST + 1)]] = True
     pixels = glyph_grid(rng.integers(2**BITS, size=(CELLS, CELLS)), BITS, CELL)
@@ -86,6 +86,7 @@ def settings(arguments: argparse.Namespace, seed: int) -> config.Config:
         "data.image_size": (CELLS * CELL, CELLS * CELL),
         "data.generator": (),
         "training.steps": arguments.steps,
+        "training.batch_size": BATCH,
         "training.seed": seed,
         "training.sample_every": 0,
         "training.validation_rows": 64,
@@ -95,7 +96,7 @@ def settings(arguments: argparse.Namespace, seed: int) -> config.Config:
 
 
 def kept(tokenizer, params, images: np.ndarray) -> np.ndarray:
-    """Which patches are kept, drawn as in use, bool [n, 64]."""
+    """Which patches are kept, drawn as in use, bool [n, 16]."""
 
     @jax.jit
     def of(params, images):
@@ -168,7 +169,7 @@ def report(records: list[dict]) -> tuple[str, bool]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--encoder", type=Path, default=Path("runs/stand_ins/two_tower_32"), metavar="FOLDER")
+    parser.add_argument("--encoder", type=Path, default=Path("runs/stand_ins/two_tower_32_8"), metavar="FOLDER")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--images", type=int, default=IMAGES, help="to learn from")
