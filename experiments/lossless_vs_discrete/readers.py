@@ -167,27 +167,30 @@ WIDTH = 16
 GRAPH = nnx.graphdef(nnx.eval_shape(lambda: Reader(WIDTH, nnx.Rngs(0))))
 
 
+def optimiser(steps: int) -> optax.GradientTransformation:
+    return optax.adamw(optax.cosine_onecycle_schedule(steps, LEARNING_RATE), weight_decay=0.05)
+
+
+@functools.partial(jax.jit, static_argnames="steps", donate_argnames=("params", "opt_state"))
+def step(steps: int, params, opt_state, images, kind, answer):
+    """One of `steps`."""
+
+    def loss(params):
+        logits = nnx.merge(GRAPH, params)(images, kind)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, answer).sum(-1).mean()
+
+    value, grads = jax.value_and_grad(loss)(params)
+    updates, opt_state = optimiser(steps).update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, value
+
+
 def trained(data: Examples, steps: int, seed: int, begin: nnx.State | None = None) -> nnx.State:
     """A reader of `data`, which goes on from `begin`."""
     params = nnx.state(Reader(WIDTH, nnx.Rngs(seed))) if begin is None else begin
-    tx = optax.adamw(optax.cosine_onecycle_schedule(steps, LEARNING_RATE), weight_decay=0.05)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, opt_state, images, kind, answer):
-        def loss(params):
-            logits = nnx.merge(GRAPH, params)(images, kind)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, answer).sum(-1).mean()
-
-        value, grads = jax.value_and_grad(loss)(params)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, value
-
-    opt_state, rng = tx.init(params), np.random.default_rng([seed, begin is not None])
-    for number in range(1, steps + 1):
+    opt_state, rng = optimiser(steps).init(params), np.random.default_rng([seed, begin is not None])
+    for _ in range(steps):
         pick = rng.integers(0, len(data.kind), BATCH)
-        params, opt_state, value = step(params, opt_state, data.images[pick], data.kind[pick], data.answer[pick])
-        if number % 250 == 0:
-            print(f"  step {number} of {steps}: {float(value):.3f}", file=sys.stderr, flush=True)
+        params, opt_state, _ = step(steps, params, opt_state, data.images[pick], data.kind[pick], data.answer[pick])
     return params
 
 
