@@ -98,9 +98,9 @@ class FrontEnd:
         merger = self.kind == "merger"
         require(not merger or bool(self.init), "front_end.kind='merger' needs front_end.init, the run of a LaVIT tokenizer.")
         require(
-            not merger or (self.names, self.skipped, self.frozen) == ("clip", 0, True),
+            not merger or (self.names, self.skipped, self.frozen) == ("clip", 1, True),
             f"front_end.names={self.names!r}, skipped={self.skipped}, frozen={self.frozen}: with front_end.kind='merger' they "
-            "must be 'clip', 0 and True, as of the tokenizer.",
+            "must be 'clip', 1 and True, as of the tokenizer.",
         )
         require(self.width >= 0, f"front_end.width={self.width} must not be negative (0: that of the model).")
         require(self.gated >= 0, f"front_end.gated={self.gated} must not be negative (0: none).")

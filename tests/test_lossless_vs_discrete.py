@@ -306,23 +306,20 @@ def test_readers_are_trained_asked_and_kept(readers, monkeypatch, tmp_path, caps
         ("coarse", "own"),
     ]
     assert all(0 <= share <= 1 for r in records for share in r["right"].values())
-    assert capsys.readouterr().out.count("| coarse | fixed | 0.000 |") == 2
+    told = capsys.readouterr().out
+    assert told.count("| question | raw patches | coarse |") == told.count("| ocr | 0.000, fixed 0.000 | 0.000, fixed") == 2
     monkeypatch.setattr(sys, "argv", ["readers.py", *arguments[:-1], "3", "--count", "4", "--examples", "20"])
     assert readers["main"]() == 0  # other steps: other readers, and what was there stays
     records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [r["steps"] for r in records] == [2] * 4 + [3] * 4 and len(list(tmp_path.glob("fixed-ocr-*.npz"))) == 2
-    assert capsys.readouterr().out.count("| coarse | fixed |") == 1
+    assert capsys.readouterr().out.count("| ocr 1 |") == 1
     monkeypatch.setattr(sys, "argv", ["readers.py", *arguments[:4], "--kinds", "letter"])
     with pytest.raises(SystemExit):
         readers["main"]()
     assert "--kinds letter needs --words FOLDER" in capsys.readouterr().err
     arguments[5:6] = ["letter", "--words", str(words(tmp_path))]
     monkeypatch.setattr(sys, "argv", ["readers.py", *arguments, "--count", "4", "--examples", "20"])
-    assert (
-        readers["main"]() == 0
-        and "| front end | reader | ocr | ocr 1 |" in (out := capsys.readouterr().out)
-        and "letter" in out
-    )
+    assert readers["main"]() == 0 and "| letter | " in capsys.readouterr().out
 
 
 class TokenizerOf64:

@@ -234,17 +234,22 @@ def once(path: Path, make: Callable[[], nnx.State]) -> nnx.State:
 
 
 def table(records: list[dict]) -> str:
-    """Markdown: front ends and readers by kind, mean over seeds (lowest to highest where there are several)."""
-    names = list(dict.fromkeys(name for r in records for name in r["right"]))
-    lines = [f"| front end | reader | {' | '.join(names)} |", "| --- " * (2 + len(names)) + "|"]
-    for front, kind in dict.fromkeys((r["front_end"], r["reader"]) for r in records):
-        of = [r["right"] for r in records if (r["front_end"], r["reader"]) == (front, kind)]
+    """Markdown, questions by front ends: the share of right answers of its own reader, mean over seeds (lowest to highest where
+    there are several), then of the fixed one."""
+    fronts = list(dict.fromkeys(r["front_end"] for r in records))
+    lines = [f"| question | {' | '.join(fronts)} |", "| --- " * (1 + len(fronts)) + "|"]
+    for question in dict.fromkeys(name for r in records for name in r["right"]):
         cells = []
-        for name in names:
-            values = [right[name] for right in of if name in right]
-            spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.3f}{spread}" if values else "")
-        lines.append(f"| {front} | {kind} | {' | '.join(cells)} |")
+        for front in fronts:
+            of = lambda reader, front=front, question=question: [
+                r["right"][question]
+                for r in records
+                if (r["front_end"], r["reader"]) == (front, reader) and question in r["right"]
+            ]
+            own, fixed = of("own"), of("fixed")
+            spread = f" ({min(own):.3f} to {max(own):.3f})" if len(own) > 1 else ""
+            cells.append((f"{np.mean(own):.3f}{spread}" if own else "") + (f", fixed {np.mean(fixed):.3f}" if fixed else ""))
+        lines.append(f"| {question} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
 """The vision half of a network of images and texts, as tokenizers and front ends hold it: in their own parameters, frozen.
 
-    features    what the last layer leaves on the residual stream, before the last norm, without the class token
+    features    the residual stream before the last layer, without the class token: in CLIP nothing reads what the last layer
+                makes of patches, so it is not trained for them (LLaVA reads hidden state -2, BLIP-2 39 of 40 layers)
     embedding   the vector of the whole image, of unit length, as CLIP compares it with texts
 
 Letters: n images, h and w pixels, t patches of the tower, d its width, e width of its embedding.
@@ -66,8 +67,9 @@ class Tower(nnx.Module):
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Float [n, h, w, 3] in [-1, 1] to features float32 [n, t, d] and embeddings [n, e], through which nothing is
         learnt."""
-        x = self.vision(normalised((images + 1) * 127.5, self.side))
-        embedding = unit(self.out(self.vision.norm(x[:, 0])))
+        x = self.vision(normalised((images + 1) * 127.5, self.side), -1)
+        last = self.vision.encoder.layers[-1](x, causal=False)
+        embedding = unit(self.out(self.vision.norm(last[:, 0])))
         return jax.lax.stop_gradient((x[:, 1:].astype(jnp.float32), embedding.astype(jnp.float32)))
 
 

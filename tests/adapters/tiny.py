@@ -34,7 +34,7 @@ FRONTS = {
     "gated": {"kind": "resampler", "gated": 1, **MANY},
     "qformer": {"kind": "qformer", **MANY},
     "causal_former": {"kind": "causal_former", **MANY},
-    "merger": {"kind": "merger", "tokens": 3, "depth": 1, "skipped": 0, "init": "somewhere"},
+    "merger": {"kind": "merger", "tokens": 3, "depth": 1, "init": "somewhere"},
 }
 
 

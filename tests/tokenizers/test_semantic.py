@@ -221,7 +221,7 @@ def test_a_model_may_read_the_merged_features_before_they_are_quantised(run, fol
 
     refused(r"front_end\.depth=2, and the merger in .* has 1 layers", depth=2)
     refused(r"front_end\.kind='merger' needs front_end\.init", init="")
-    refused("must be 'clip', 0 and True", frozen=False)
+    refused("must be 'clip', 1 and True", frozen=False)
 
 
 # On its codes.
