@@ -29,7 +29,6 @@ lane_2() { # what reads features, and what a language model is asked about
   python tasks frozen_lm/tasks.py --language $stand_ins/copying_lm --words runs/v2l/words.safetensors \
     --tokenizer runs/tokenizers/v2l --workdir runs/frozen_lm
   arms systems systems.py seed v2l llava flamingo blip2 emu
-  python two_tower_32_8 stand_ins/two_tower.py --side 32 --patch 8 --out $stand_ins/two_tower_32_8
   script selector --workdir "$results/selector"
 }
 began=$SECONDS

@@ -12,7 +12,9 @@ while training; `packed` works through the kept ones alone, to the same result.
 
 Selector, policies, causal order, decoding by rank and the loss are those of Jin et al., arXiv 2309.04669, and of their code.
 Ours, since no training code of theirs is published: the decoder, too, reads its codes under the policy, so that the selector
-also learns what is worth saying; the codebook's own loss is that of mmdiff/tokenizers/quantizers/vq.py.
+also learns what is worth saying; the selector learns nothing from Cross, where keeping a patch takes it from what the others
+read, and a gradient, which sees one thing at a time, does not see that its own code says it then; the codebook's own loss is
+that of mmdiff/tokenizers/quantizers/vq.py.
 
 Letters: b images, n patches, d width, h heads, m kept patches at most.
 """
@@ -125,9 +127,9 @@ class Merger(nnx.Module):
         """Features [b, n, d] and what is kept of them [b, n] to [b, n, d], of which only kept positions mean something."""
         count = features.shape[1]
         own = jnp.where(jnp.eye(count, dtype=bool), 1.0, keep[:, None]) * self._order(count)
-        read, x = self.norm_read(features), features
+        read, x, dropped = self.norm_read(features), features, 1 - jax.lax.stop_gradient(keep)
         for layer in self.layers:
-            x = layer(x, own, read, 1 - keep[:, None])
+            x = layer(x, own, read, dropped[:, None])
         return self.norm(x)
 
     def packed(self, features: jax.Array, keep: jax.Array, most: int) -> Packed:
