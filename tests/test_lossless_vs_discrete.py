@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import runpy
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -189,6 +191,34 @@ def test_rows_of_known_entropy_hold_the_cells(monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", ["entropy.py", "--workdir", str(tmp_path), "--entropies", wanted])
         assert entropy["main"]() == ended
     assert measured == [4, 8]  # what was finished is not done again
+
+
+@pytest.mark.parametrize("script", ["all.sh", "systems.sh"])
+def test_scripts_run_commands_that_there_are(tmp_path, script):
+    """With something else in place of mmdiff and python, which writes down what it is asked for."""
+    here = tmp_path / "experiments" / FOLDER.name
+    here.mkdir(parents=True)
+    for name in (script, "lanes.sh"):
+        (here / name).write_bytes((FOLDER / name).read_bytes())
+    for name in ("mmdiff", "python"):
+        (tmp_path / name).write_text(f'#!/bin/bash\necho "{name} $@" >> {tmp_path}/calls\n')
+        (tmp_path / name).chmod(0o755)
+
+    def run():
+        environment = os.environ | {"BIN": str(tmp_path), "WORDS": "words", "FACES": "faces"}
+        done = subprocess.run(["bash", here / script], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("all in 0 minutes"), done.stderr
+        return (tmp_path / "calls").read_text().splitlines()
+
+    calls = run()
+    assert len(calls) > 10 and run() == calls  # the second time all of it is done
+    for call in calls:
+        program, *words = call.split()
+        file, _, name = words[0 if program == "python" else 1].partition(":")
+        text = (FOLDER.parents[1] / file).read_text()
+        assert program == "python" or name in runpy.run_path(str(FOLDER.parents[1] / file))
+        options = [word for word in words if word.startswith("--")]
+        assert words[-1] != "--arms" and (program != "python" or all(f'"{option}"' in text for option in options)), call
 
 
 class Coarse:

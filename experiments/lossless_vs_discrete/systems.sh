@@ -10,7 +10,7 @@ source "$(dirname "$0")/lanes.sh"
 stand_ins=runs/stand_ins
 
 # name, file of systems, arms: E5 or E6 of these; all share a folder, so that an arm in two files is trained once
-arms() { python "joint_$1" lossless_vs_discrete/joint.py --workdir "$results/joint" --systems "$here/$2" --arms "${@:3}"; }
+arms() { python "joint_$1" lossless_vs_discrete/joint.py --workdir "$results/joint" --systems "$here/$2" ${3:+--arms} "${@:3}"; }
 
 lane_1() { # what LaVIT is made of, and the arms on raw patches and plain codes
   for name in lavit lavit_fixed lavit_bidirectional; do tokenizer $name semantic.py:$name; done
