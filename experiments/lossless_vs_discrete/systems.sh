@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every other system, from nothing: stand-ins, tokenizers, E5 of all arms (systems.py), E6 (lavit_arms.py), E7
-# (../frozen_lm/tasks.py) and E10 (selector.py). Two lanes of commands, one for each of two cores: hours.
+# (../frozen_lm/tasks.py), E10 (selector.py), and E1, E3 and E9 of all tokenizers. Two lanes of commands, one for each of two cores: hours.
 #
 #   bash experiments/lossless_vs_discrete/systems.sh
 #
@@ -35,4 +35,9 @@ began=$SECONDS
 python two_tower_32 stand_ins/two_tower.py --side 32 --patch 4 --out $stand_ins/two_tower_32
 lanes lane_1 lane_2
 arms all systems.py # the page
+# shellcheck disable=SC2046
+python ledger lossless_vs_discrete/rate.py --json --priors $results/joint/{vq_ar,fsq_ar,v2l,lavit,seed}/seed-0-steps-800 \
+  --tokenizers $(tokenizers vq fsq v2l lavit seed) --images shapes words
+# shellcheck disable=SC2046
+python rounds lossless_vs_discrete/drift.py --json --images shapes words --tokenizers $(tokenizers vq fsq v2l lavit seed)
 echo "all in $(((SECONDS - began) / 60)) minutes; $results, $log"
