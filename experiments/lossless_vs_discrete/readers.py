@@ -238,7 +238,8 @@ def table(records: list[dict]) -> str:
     there are several), then of the fixed one."""
     fronts = list(dict.fromkeys(r["front_end"] for r in records))
     lines = [f"| question | {' | '.join(fronts)} |", "| --- " * (1 + len(fronts)) + "|"]
-    for question in dict.fromkeys(name for r in records for name in r["right"]):
+    questions = dict.fromkeys(name for r in records for name in r["right"])
+    for question in sorted(questions, key=lambda name: KINDS.index(name.split()[0])):
         cells = []
         for front in fronts:
             of = lambda reader, front=front, question=question: [
