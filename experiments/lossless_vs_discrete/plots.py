@@ -93,7 +93,8 @@ def rate(axes: Axes, found: dict) -> None:
             axes.plot([row["entropy"], row["nominal"]], [row["psnr"]] * 2, marker="o", label=label)
         else:
             axes.axhline(row["psnr"], ls=":", c="k", lw=1, label=row["name"])
-    axes.set(title=f"E3  images of {name}", xlabel="bits of an image", ylabel="PSNR, dB", xscale="log")
+    axes.set(title=f"E3  images of {name.split('/')[-1]}", xlabel="bits of an image", ylabel="PSNR, dB", xscale="log")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.legend(fontsize=7)
 
 
@@ -111,8 +112,8 @@ def readers(axes: Axes, found: list[dict]) -> None:
             axes.bar(x, np.mean(of) if of else 0, 0.8 / len(fronts), color=colour, alpha=0.6, label=label)
             axes.plot([x] * len(of), of, ".", c=colour, ms=3)
     axes.set_xticks(range(len(kinds)), kinds, rotation=60, fontsize=7)
-    axes.set(title="E4  answers that are right, each front end's own readers", ylim=(0, 1.02))
-    axes.legend(fontsize=7)
+    axes.set(title="E4  answers that are right, each front end's own readers", ylim=(0, 1.3))
+    axes.legend(fontsize=7, ncols=3, loc="upper center")
 
 
 def drift(axes: Axes, found: dict) -> None:

@@ -94,12 +94,20 @@ def test_the_selector_learns_by_what_is_read(parts, features):
         keep = lavit.kept(nnx.merge(graph, params)(features), jax.random.key(1))
         keep = jax.lax.stop_gradient(keep) if detached else keep
         merged = parts["merger"](features, keep)
-        return lavit.feature_loss(features, parts["decoder"](merged[..., :4], jax.lax.stop_gradient(keep))).mean()
+        return lavit.feature_loss(features, parts["decoder"](merged[..., :4], keep)).mean()
 
     size = lambda tree: sum(float(jnp.abs(leaf).sum()) for leaf in jax.tree.leaves(tree))
     gradient = lambda detached: jax.jit(jax.grad(functools.partial(loss, detached=detached)))(params)
     assert size(gradient(False)) > 1e-2
     assert size(gradient(True)) == 0
+
+
+def test_nothing_is_learnt_from_what_is_dropped(parts, features):
+    """The first patch reads itself and whatever is dropped: that changes with the choice, and has no gradient in it."""
+    first = jax.jit(lambda keep: parts["merger"](features, keep)[:, 0, :3].sum())
+    keep = jnp.ones(features.shape[:2]).at[:, 3].set(0)
+    assert abs(float(first(keep) - first(keep.at[:, 4].set(0)))) > 1e-3
+    np.testing.assert_allclose(jax.jit(jax.grad(first))(keep), 0, atol=1e-6)  # e of (1) lets that much through
 
 
 def test_choices_are_hard_and_noise_is_given_openly(parts, features):
