@@ -41,7 +41,8 @@ from mmdiff.document import Document
 
 RAW = "raw patches"
 SIDE, EXAMPLES, BATCH, LEARNING_RATE = 64, 8000, 64, 2e-3
-WINDOW, MOST, CLEAR, FAINT = 28, 40, 16.0, 0.02
+WINDOW, MOST = 28, 40  # pixels of the window; more things than this are not counted
+CLEAR, FAINT = 16.0, 0.02  # what outline, number and bits weigh beside levels in [-1, 1]; a contrast that says nothing
 COUNT = 300  # held-out questions of each kind, and of digits of each size
 KINDS = (*QUESTIONS, photographed.KIND)
 STEPS = {
