@@ -337,7 +337,9 @@ def test_readers_are_trained_asked_and_kept(readers, monkeypatch, tmp_path, caps
     ]
     assert all(0 <= share <= 1 for r in records for share in r["right"].values())
     told = capsys.readouterr().out
-    assert told.count("| question | raw patches | coarse |") == told.count("| ocr | ") == 2
+    raw_fixed, raw_own, fixed, own = (r["right"]["ocr"] for r in records)
+    row = f"| ocr | {raw_own:.3f}, fixed {raw_fixed:.3f} | {own:.3f}, fixed {fixed:.3f} |"
+    assert told.count("| question | raw patches | coarse |") == told.count(row) == 2
     monkeypatch.setattr(sys, "argv", ["readers.py", *arguments[:-1], "3", "--count", "4", "--examples", "20"])
     assert readers["main"]() == 0  # other steps: other readers, and what was there stays
     records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]

@@ -304,7 +304,7 @@ def main() -> int:
             )
             params = once(file("fixed"), functools.partial(trained, raw, steps, seed))
             if reader == "own":
-                params = once(file(name.replace(" ", "_")), functools.partial(trained, data, steps, seed, params))
+                params = once(file(f"own-{name.replace(' ', '_')}"), functools.partial(trained, data, steps, seed, params))
             right = asked(params, test)
             record = {"front_end": name, "reader": reader, "seed": seed, "kinds": kinds} | settings(kinds)
             records.append(record | {"right": right})

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Every other system, from nothing: stand-ins, tokenizers, E5 of all arms (systems.py), E6 (lavit_arms.py), E7
-# (../frozen_lm/tasks.py), E10 (selector.py), and E1, E3 and E9 of all tokenizers. Two lanes of commands, one for each of two cores: hours.
+# (../frozen_lm/tasks.py), E10 (selector.py), and E1, E3 and E9 of all tokenizers. Two lanes of commands, one for each of two
+# cores: hours.
 #
 #   bash experiments/lossless_vs_discrete/systems.sh
 #
