@@ -77,9 +77,7 @@ class BoundLavit:
         keep = self.keep(features, None if self.settings.deterministic else own_keys(images, key))
         packed = self.module.merger.packed(features, keep, keep.shape[1])
         quantised = self.quantizer(self.params, self.codebook, self.module.narrow(packed.x))
-        ids = jnp.where(packed.filled, quantised.ids, 0)
-        codes = self.quantizer.decode(self.params, self.codebook, ids)  # straight through they are rounded once more
-        return features, codes, ids, packed.filled.sum(-1)
+        return features, quantised.codes, jnp.where(packed.filled, quantised.ids, 0), packed.filled.sum(-1)
 
     def features(self, codes: jax.Array, lengths: jax.Array) -> jax.Array:
         """Codes [n, t, c], of which the first `lengths` [n] count, to features [n, t, d]."""

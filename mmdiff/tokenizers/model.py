@@ -169,6 +169,8 @@ class Tokenizer:
         Raises:
           DataError: an image of another size.
         """
+        if self.codes:  # by the same programs, so that it is what the codes decode to, to the bit
+            return self.decode(self.encode(images))
         return self._grouped(self._reconstruct, self._checked(images))
 
     def _checked(self, images: Sequence[np.ndarray]) -> np.ndarray:
