@@ -42,7 +42,7 @@ exit codes: 0 done, 2 wrong usage, 65 bad run or data
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     from mmdiff.data.sources import open_source
-    from mmdiff.evaluation import inception, sets
+    from mmdiff.evaluation import inception, judge, sets
     from mmdiff.evaluation.evaluate import METRICS, check_names, measure
     from mmdiff.evaluation.features import NAMES
     from mmdiff.evaluation.phrases import parse_groups
@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=200, metavar="N", help="documents per metric (default: 200)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is sampled (default: 0)")
     parser.add_argument("--phrases", metavar="GROUPS", help="phrases that captions should name: 'a|b|c;d', ; between groups")
+    parser.add_argument("--judge", metavar="FILE", help="who judges phrase_drawn (default: one trained now)")
     parser.add_argument("--data", metavar="DIR", help="folder of held-out documents (default: the run's data.path)")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     group = parser.add_argument_group("sets of images")
@@ -79,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         metrics = None if arguments.metrics is None else [n.strip() for n in arguments.metrics.split(",") if n.strip()]
         check_names(metrics or [])
         phrases = [] if arguments.phrases is None else parse_groups(arguments.phrases)
+        if arguments.judge is not None and (phrases or "phrase_drawn" not in (metrics or ())):
+            raise config.ConfigError("--judge is for --metrics phrase_drawn, and has its own phrases; leave out --phrases.")
         comparison = Comparison(
             arguments.features,
             None if arguments.weights is None else Path(arguments.weights),
@@ -106,7 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             model.options(**wanted)
     except config.ConfigError as error:
         parser.error(str(error))
-    task = Task(model, arguments.count, arguments.seed, wanted, phrases, source, comparison)
+    made = {} if arguments.judge is None else {"judge": judge.load(Path(arguments.judge))}
+    phrases = made["judge"].groups if made else phrases
+    task = Task(model, arguments.count, arguments.seed, wanted, phrases, source, comparison, made=made)
     if arguments.ladder:
         return climb(task, metrics, arguments.solver, arguments.few)
     result = measure(task, metrics)

@@ -169,13 +169,7 @@ def features(params: Params, side: int) -> Features:
 
 def save(params: Params, side: int, path: Path) -> None:
     """Write an encoder; a kill leaves nothing or all of it."""
-    from mmdiff.training.workdir import write_whole
-
-    data = io.BytesIO()
-    arrays: dict[str, Any] = {name: np.asarray(value) for name, value in params.items()}
-    np.savez(data, side=side, **arrays)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, data.getvalue())
+    write(path, side=side, **params)
 
 
 def load(path: Path) -> Features:
@@ -184,18 +178,38 @@ def load(path: Path) -> Features:
     Raises:
       DataError: no such file, or it holds no encoder.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            params, side = {name: file[name] for name in file.files if name != "side"}, int(file["side"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} holds no encoder that `mmdiff evaluate` wrote ({error}); remove it to train anew.") from error
-    if side not in SIDES:
-        raise DataError(f"{path}: side {side} is none of {SIDES}; remove it to train anew.")
+    params, side = read(path, "encoder that `mmdiff evaluate` wrote", "remove it to train anew")
     wanted = {name: value.shape for name, value in init(side).items() if name not in ("project", "classify")}
     wanted |= {"mean": (WIDTH,), "std": (WIDTH,)}
     if {name: value.shape for name, value in params.items()} != wanted:
         raise DataError(f"{path} holds another network than this version's encoder; remove it to train anew.")
     return features(params, side)
+
+
+def write(path: Path, **arrays: Any) -> None:
+    """Write arrays; a kill leaves nothing or all of them."""
+    from mmdiff.training.workdir import write_whole
+
+    data = io.BytesIO()
+    np.savez(data, **{name: np.asarray(value) for name, value in arrays.items()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, data.getvalue())
+
+
+def read(path: Path, what: str, remedy: str) -> tuple[Params, int]:
+    """Arrays that `write` wrote, and their `side`.
+
+    Raises:
+      DataError: no such file, or it holds no `what`.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            params, side = {name: file[name] for name in file.files if name != "side"}, int(file["side"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} holds no {what} ({error}); {remedy}.") from error
+    if side not in SIDES:
+        raise DataError(f"{path}: side {side} is none of {SIDES}; {remedy}.")
+    return params, side
 
 
 def trained(images: Iterable[np.ndarray], side: int, cached: Path | None, steps: int = STEPS) -> Features:

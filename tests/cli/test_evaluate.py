@@ -4,12 +4,13 @@ import dataclasses
 import json
 
 import jax
+import numpy as np
 import PIL.Image
 import pytest
 
 import mmdiff
 from mmdiff.cli.evaluate import as_json, table
-from mmdiff.evaluation import ladder
+from mmdiff.evaluation import judge, ladder
 from mmdiff.models.network import Network
 from mmdiff.sampling.generate import Model
 
@@ -41,6 +42,16 @@ def test_likelihoods_and_phrases_are_measured_when_asked_for(command, tmp_path):
     assert 0 < result["image_bits_per_dim"] < 9
 
 
+def test_a_judge_that_was_kept_brings_its_phrases(command, tmp_path):
+    pictures = [np.full((32, 32, 3), level, np.uint8) for level in (0, 200)]
+    judge.train(pictures, ["a circle", "red"], [["circle"], ["red", "blue"]], steps=1).save(tmp_path / "judge.npz")
+    asked = ("--metrics", "phrase_drawn", "--judge", tmp_path / "judge.npz", "--count", "2", "--steps", "1", "--json")
+    code, said, _ = command("evaluate", tmp_path, *asked)
+    result = json.loads(said)
+    assert code == 0 and {"phrase_drawn", "phrase_drawn_red", "phrase_judge_circle"} <= set(result)
+    assert result["protocol"]["judge"] == judge.load(tmp_path / "judge.npz").digest
+
+
 def test_sets_of_images_are_compared_in_the_features_asked_for(command, tmp_path):
     asked = ("--metrics", "kid_patch_dct,density_coverage", "--features", "patch_dct", "--count", "6", "--steps", "1")
     code, said, _ = command("evaluate", tmp_path, *asked, "--json")
@@ -60,6 +71,9 @@ MISTAKES = [
     (("--metrics", "read_accuracy"), 65, "cannot be measured on data.source='shapes'"),
     (("--metrics", "phrase_accuracy"), 65, "needs phrases"),
     (("--phrases", "a;;b"), 2, "empty group"),
+    (("--judge", "judge.npz"), 2, "--judge is for --metrics phrase_drawn"),
+    (("--metrics", "phrase_drawn", "--judge", "judge.npz", "--phrases", "red"), 2, "leave out --phrases"),
+    (("--metrics", "phrase_drawn", "--judge", "absent.npz"), 65, "absent.npz holds no judge"),
     (("--count", "0"), 2, "--count 0"),
     (("--steps", "0"), 2, "steps=0"),
     (("--ladder", "--steps", "4"), 2, "leave out --steps"),

@@ -59,6 +59,22 @@ def test_drawings_are_judged_beside_the_real_images_of_their_prompts(trained, mo
     assert not any(name.startswith("phrase_accuracy") for name in right)
 
 
+def test_it_is_kept_and_read_back(trained, tmp_path):
+    trained.save(tmp_path / "judge.npz")
+    pictures, _ = zip(*scenes(9, 3), strict=True)
+    read = judge.load(tmp_path / "judge.npz")
+    assert read.groups == GROUPS and read.digest == trained.digest and (read(pictures) == trained(pictures)).all()
+    other = judge.Judge([["red"], *GROUPS[1:]], trained.side, trained.params)
+    other.save(tmp_path / "other.npz")
+    with pytest.raises(DataError, match="another network"):
+        judge.load(tmp_path / "other.npz")
+    with pytest.raises(DataError, match="no judge of drawings"):
+        judge.load(tmp_path / "none.npz")
+    np.savez(tmp_path / "encoder.npz", side=32, patch=np.zeros(3))
+    with pytest.raises(DataError, match="no judge of drawings"):
+        judge.load(tmp_path / "encoder.npz")
+
+
 def test_what_cannot_be_learnt_is_said():
     with pytest.raises(DataError, match="there are none"):
         judge.train([], [], GROUPS)

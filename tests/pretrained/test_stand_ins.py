@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mmdiff.evaluation import judge
+from mmdiff.evaluation.phrases import classes
 from mmdiff.pretrained.clip import load_clip
 from mmdiff.pretrained.encoder import normalised
 
@@ -61,3 +63,18 @@ def test_words_end(two_tower):
     ids = two_tower["as_bytes"]("ab")
     assert ids[:3].tolist() == [97, 98, 256] and (ids[2:] == 256).all()
     assert two_tower["as_bytes"]("x" * 500)[-1] == 256
+
+
+def test_a_classifier_of_attributes_is_trained_and_judges_a_run_as_it_was_kept(tmp_path, monkeypatch, capsys):
+    script = runpy.run_path(str(FOLDER / "attribute_classifier.py"))
+    script["main"].__globals__.update(EXAMPLES=40, TESTED=8)
+    file = tmp_path / "kept" / "attributes.npz"
+    monkeypatch.setattr(sys, "argv", ["attribute_classifier.py", "--out", str(file), "--steps", "2"])
+    assert script["main"]() == 0
+    assert "8 unseen scenes: 0." in capsys.readouterr().out
+    images, texts = script["scenes"](8, "test", 32)
+    told, kept = classes(texts, script["GROUPS"]), judge.load(file)
+    assert [len(group) for group in kept.groups] == [48] * 4 and (told < 48).sum(-1).min() >= 1
+    again = judge.train(*script["scenes"](40, "train", 32), script["GROUPS"], steps=2)
+    assert again.digest == kept.digest != judge.train(*script["scenes"](40, "train", 32), script["GROUPS"], steps=1).digest
+    np.testing.assert_array_equal(again(images), kept(images))
