@@ -39,7 +39,6 @@ from mmdiff.training import flops
 HERE = Path(__file__).parent
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 WANTED = ("text_bits_per_byte", "question_accuracy", "caption_accuracy", "image_accuracy", "frechet_random", "code_bits")
-SHOWN = WANTED[:5]
 COUNT, DRAWS = 200, 2000
 
 
@@ -144,12 +143,12 @@ def summary(records: list[dict], metric: str) -> dict[tuple[str, float], tuple[f
 
 def at_the_end(records: list[dict]) -> list[list[str]]:
     """A row of names, then one for each arm: its size, its cost, its metrics at the end."""
-    rows = [["arm", "parameters", "operations", "with the tokenizer's", *SHOWN]]
+    rows = [["arm", "parameters", "operations", "with the tokenizer's", *WANTED]]
     for arm in arms_of(records):
         last = [r for r in records if r["arm"] == arm and r["share"] == 1.0]
         if last:
             cells = [f"{last[0]['parameters']:,}", *(f"{last[0][name]:.3g}" for name in ("flops", "flops_with_tokenizer"))]
-            for metric in SHOWN:
+            for metric in WANTED:
                 cell = summary(records, metric).get((arm, 1.0))
                 cells.append(f"{cell[0]:.3f} ({cell[1]:.3f} to {cell[2]:.3f})" if cell else "")
             rows.append([arm, *cells])
@@ -159,7 +158,7 @@ def at_the_end(records: list[dict]) -> list[list[str]]:
 def table(records: list[dict]) -> str:
     """The same as Markdown."""
     lines = [f"| {' | '.join(row)} |" for row in at_the_end(records)]
-    return "\n".join([lines[0], "| --- " * (4 + len(SHOWN)) + "|", *lines[1:]])
+    return "\n".join([lines[0], "| --- " * (4 + len(WANTED)) + "|", *lines[1:]])
 
 
 def page(records: list[dict], claims: str) -> str:
@@ -181,7 +180,7 @@ def page(records: list[dict], claims: str) -> str:
         f"<h2>At the end, mean of {seeds} seeds (95% interval)</h2>",
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>',
     ]
-    for metric in SHOWN:
+    for metric in WANTED:
         found, figures = summary(records, metric), []
         for axis, label in axes:
             series = []
@@ -230,7 +229,7 @@ def main() -> int:
         with kept.open("a") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
         last = records[-1]["metrics"]
-        told = ", ".join(f"{name} {last[name]:.3f}" for name in SHOWN if name in last)
+        told = ", ".join(f"{name} {last[name]:.3f}" for name in WANTED if name in last)
         print(f"{arm}, seed {cfg.training.seed}: {told}", file=sys.stderr, flush=True)
     records = recorded()
     (arguments.workdir / f"{arguments.systems.stem}.html").write_text(page(records, claims))

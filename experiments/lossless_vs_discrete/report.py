@@ -38,6 +38,12 @@ BETTER = {  # measures of E5: what they are about, and the sign of what is good
 }
 WHEN = {0.25: "at a quarter of the steps", 1.0: "at the end"}
 RAW_ARM = "raw"
+TOKENIZER_OF = {"vq_ar": "vq", "masked": "vq", "fsq_ar": "fsq", "v2l": "v2l", "lavit": "lavit", "seed": "seed"}  # of arms of E5
+PIXELS = ("raw", "read")  # arms that have every bit
+ARMS = """Bits of an image: nominal, and by the entropy of single codes (E1, on the images of E5). Digits of the largest size,
+counts and clocks that a reader of its own reads after the same tokenizer for 64 x 64 pixels (E4; lowest to highest of the
+seeds). What the arm does when it has been trained (E5, 95%)."""
+PROBES = ("ocr 5", "count", "clock")  # of E4, in the table of arms
 SEEDS = 3  # fewer say little about how far seeds lie apart
 
 
@@ -106,6 +112,30 @@ def of_joint(found: list[dict]) -> Iterator[Comparison]:
             yield from compared("E5", f"{told}, {when}", sides, RAW_ARM, sign)
 
 
+def arms(runs: list[dict], rates: dict | None, right: list[dict] | None) -> str:
+    """Markdown, a row for each arm of E5: of E1, E4 and E5 what ARMS says."""
+    known = {row["name"]: row for row in (rates or {}).get("shapes", {}).get("tokenizers", [])}
+    own = [row for row in right or [] if row["reader"] == "own"]
+    metrics = {"captions": "caption_accuracy", "questions": "question_accuracy", "drawn attributes": "image_accuracy"}
+    ends = {metric: joint.summary(runs, metric) for metric in metrics.values()}
+    lines = [
+        f"| arm | bits of an image | {' | '.join((*PROBES, *metrics))} |",
+        "| --- " * (2 + len(PROBES) + len(metrics)) + "|",
+    ]
+    for arm in joint.arms_of(runs):
+        tokenizer = TOKENIZER_OF.get(arm, "")
+        row, front = known.get(tokenizer), readers.RAW if arm in PIXELS else f"{tokenizer}_64"
+        cells = ["24,576" if arm in PIXELS else f"{row['nominal']:,.0f}, {row['entropy']:,.0f}" if row else ""]
+        for kind in PROBES:
+            shares = [r["right"][kind] for r in own if r["front_end"] == front and kind in r["right"]]
+            cells.append(f"{np.mean(shares):.3f} ({min(shares):.3f} to {max(shares):.3f})" if shares else "")
+        for metric in metrics.values():
+            found = ends[metric].get((arm, 1.0))
+            cells.append(f"{found[0]:.3f} ({found[1]:.3f} to {found[2]:.3f})" if found else "")
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def answers(comparisons: Sequence[Comparison]) -> str:
     """HTML: what is lost, what is won, what is open."""
     parts = []
@@ -162,6 +192,8 @@ def page(results: Path) -> str:
     if read["readers/results.jsonl"]:
         sections.append(("E4, detail", claims(readers), readers.table(read["readers/results.jsonl"])))
     if read["joint/results.jsonl"]:
+        table = arms(read["joint/results.jsonl"], read["rate.json"], read["readers/results.jsonl"])
+        sections.append(("All arms", f'<p class="faint">{ARMS}</p>', table))
         told, _ = joint.systems(joint.HERE / "systems.py")
         about = "".join(f'<p class="faint">{html.escape(text)}</p>' for text in told.splitlines())
         sections.append(("E5, joint training, at the end", about, joint.table(read["joint/results.jsonl"])))

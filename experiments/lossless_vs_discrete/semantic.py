@@ -7,13 +7,16 @@
     mmdiff train experiments/lossless_vs_discrete/systems.py:lavit --workdir runs/systems/lavit
 
 `lavit_fixed` keeps every patch; in the merger of `lavit_bidirectional` a patch reads all that are kept (lavit_arms.py).
-`seed_pairs` is the first stage of `seed`. With a real encoder: --tokenizer.encoder FOLDER (CLIP's, as Hugging Face keeps it),
-images of any size; its features then decide how many codes there are.
+`seed_pairs` is the first stage of `seed`. `lavit_64`, `seed_pairs_64` and `seed_64` are for the readers of E4 (readers.py), on
+`two_tower.py` as it is without options, 64 x 64 pixels at patches of 8. With a real encoder: --tokenizer.encoder FOLDER
+(CLIP's, as Hugging Face keeps it), images of any size; its features then decide how many codes there are.
 """
 
 import dataclasses
 
 from mmdiff.config import Config, Data, Layout, Model, Optimizer, Tokenizer, Training
+from mmdiff.config_files import replaced
+from mmdiff.data.probes import QUESTIONS
 
 ENCODER = "runs/stand_ins/two_tower_32"
 PAIRS = "runs/tokenizers/seed_pairs"
@@ -74,3 +77,26 @@ def seed_pairs() -> Config:
         data=dataclasses.replace(cfg.data, vocabulary="auto"),
         training=dataclasses.replace(cfg.training, steps=600, batch_size=32, init="", sample_every=0),
     )
+
+
+ENCODER_64, PAIRS_64 = "runs/stand_ins/two_tower", "runs/tokenizers/seed_pairs_64"
+LARGER = {"model.patch": 8, "tokenizer.encoder": ENCODER_64, "data.generator_image_size": 64}
+ASKED_ABOUT = LARGER | {
+    "data.source": "probes",
+    "data.generator": tuple((kind, 1.0) for kind in QUESTIONS),
+    "layout.row_length": 128,  # some questions are about two images
+    "training.batch_size": 8,
+    "sampling.steps": 4,  # readers need a hundred thousand images
+}
+
+
+def lavit_64() -> Config:
+    return replaced(config(), ASKED_ABOUT | {"name": "tokenizer_lavit_64"})
+
+
+def seed_64() -> Config:
+    return replaced(seed(), ASKED_ABOUT | {"name": "tokenizer_seed_64", "training.init": PAIRS_64})
+
+
+def seed_pairs_64() -> Config:
+    return replaced(seed_pairs(), LARGER | {"name": "tokenizer_seed_pairs_64"})

@@ -122,3 +122,7 @@ def fsq_64() -> Config:
 
 def continuous_64() -> Config:
     return larger(Tokenizer(quantizer="none", code_width=8), "tokenizer_continuous_64")
+
+
+def v2l_64() -> Config:
+    return larger(v2l().tokenizer, "tokenizer_v2l_64")

@@ -8,6 +8,7 @@ import pytest
 from mmdiff.config_files import load_experiment, replaced
 from mmdiff.data.batches import Batches
 from mmdiff.data.sources import open_source, open_vocabulary
+from mmdiff.data.vocabulary import Vocabulary
 from mmdiff.tokenizers.network import TokenizerNetwork
 from mmdiff.training.flops import training_flops
 
@@ -25,6 +26,17 @@ def test_every_tokenizer_of_the_experiments_can_be_made(name):
     cfg = load_experiment(f"{FOLDER / 'tokenizers.py'}:{name}")
     params = jax.eval_shape(TokenizerNetwork.of(cfg).init, jax.random.key(0))
     assert ("discriminator" in params) == (name == "gan")
+
+
+@pytest.mark.parametrize("name", ["lavit_64", "seed_64", "seed_pairs_64"])
+def test_larger_tokenizers_on_a_frozen_encoder_can_be_made(name):
+    cfg = load_experiment(f"{FOLDER / 'semantic.py'}:{name}")
+    tower = STAND_IN | {"side": 64, "patch": 8}
+    cfg = replaced(cfg, {f"tokenizer.tower.{key}": value for key, value in tower.items()})
+    network = TokenizerNetwork.of(cfg, None, 300)
+    jax.eval_shape(network.init, jax.random.key(0))
+    assert network.grid == (8, 8) and cfg.tokenizer.encoder == "runs/stand_ins/two_tower"
+    assert Batches(open_source(replaced(cfg, {"data.size": 50}), "train"), Vocabulary.bytes(), cfg).rows_per_epoch() > 0
 
 
 @pytest.mark.parametrize("name", ["lavit", "lavit_fixed", "lavit_bidirectional", "seed", "seed_pairs"])

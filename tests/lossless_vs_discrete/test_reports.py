@@ -69,7 +69,7 @@ def test_arms_are_compared_on_equal_terms(ran):
     found = joint["summary"](records, "image_accuracy")
     assert found["raw", 0.5][0] == 0.75 and ("read", 1.0) not in found
     assert "| raw | 10 | 1e+09 | 2e+09 |" in joint["table"](records) and "1.500 (" in joint["table"](records)
-    assert joint["page"](records, claims).count("<svg") == 3
+    assert joint["page"](records, claims).count("<svg") == 6
 
 
 def test_the_picture_shows_the_results_that_are_there(ran, tmp_path):
@@ -131,8 +131,13 @@ def test_the_report_says_what_is_lost_won_and_open(ran, tmp_path):
     }
     few = [row for row in runs if row["seed"] < 2]  # too few to say how far seeds lie apart
     assert {c.verdict for c in report["of_joint"](few)} == {"open"}
+    rates = {"shapes": {"tokenizers": [{"name": "vq", "nominal": 640.0, "entropy": 500.0}]}}
+    clocks = [row | {"front_end": "vq_64", "right": {"clock": 0.3 + 0.1 * row["seed"]}} for row in right[3:6]]
+    table = report["arms"](runs, rates, [*right, *clocks]).splitlines()
+    assert table[2].startswith("| raw | 24,576 |  |  |  |  |  | 0.800 (0.")
+    assert table[3].startswith("| vq_ar | 640, 500 |  |  | 0.400 (0.300 to 0.500) |  |  | 0.900 (0.")
     for name, records in (("readers", right), ("joint", runs)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.jsonl").write_text("\n".join(map(json.dumps, records)))
     page = report["page"](tmp_path)
-    assert "1 of 4 comparisons" in page and "cliff/results.jsonl" in page and page.count("<table>") == 5
+    assert "1 of 4 comparisons" in page and "cliff/results.jsonl" in page and page.count("<table>") == 6
