@@ -15,17 +15,21 @@ import base64
 import html
 import io
 import math
+import runpy
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import cliff
+import drift
 import entropy
 import joint
 import numpy as np
 import plots
+import rate
 import readers
+import selector
 
 from mmdiff.sweeps.page import STYLE
 
@@ -44,6 +48,7 @@ ARMS = """Bits of an image: nominal, and by the entropy of single codes (E1, on 
 counts and clocks that a reader of its own reads after the same tokenizer for 64 x 64 pixels (E4; lowest to highest of the
 seeds). What the arm does when it has been trained (E5, 95%)."""
 PROBES = ("ocr 5", "count", "clock")  # of E4, in the table of arms
+FURTHER = ("selector/results.jsonl", "frozen_lm/results.jsonl")  # what is not among the panels of plots.py
 SEEDS = 3  # fewer say little about how far seeds lie apart
 
 
@@ -161,15 +166,21 @@ def as_html(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{cells(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def from_markdown(table: str) -> str:
-    """HTML of a table of `| a | b |` lines."""
-    head, _, *rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()]
-    return as_html(head, rows)
+def from_markdown(text: str) -> str:
+    """HTML of tables of `| a | b |` lines and of paragraphs, each line of which is one."""
+    parts = []
+    for part in text.split("\n\n"):
+        if part.startswith("|"):
+            head, _, *rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in part.splitlines()]
+            parts.append(as_html(head, rows))
+        else:
+            parts += [f"<p>{html.escape(line.strip('*'))}</p>" for line in part.splitlines()]
+    return "\n".join(parts)
 
 
-def claims(module) -> str:
+def claims(doc: str | None) -> str:
     """The paragraphs of an experiment's first lines that say what is claimed."""
-    told = [" ".join(part.split()) for part in (module.__doc__ or "").split("\n\n")]
+    told = [" ".join(part.split()) for part in (doc or "").split("\n\n")]
     return "".join(f'<p class="faint">{html.escape(part)}</p>' for part in told if part.startswith("Claim"))
 
 
@@ -181,22 +192,35 @@ def picture(results: Path) -> str:
 
 
 def page(results: Path) -> str:
-    read = {name: plots.read(results / name) for _, name in plots.PANELS}
+    read = {name: plots.read(results / name) for name in (*(name for _, name in plots.PANELS), *FURTHER)}
     comparisons = [*of_readers(read["readers/results.jsonl"] or []), *of_joint(read["joint/results.jsonl"] or [])]
     missing = [name for name, found in read.items() if not found]
     sections = []
     if read["entropy/results.jsonl"]:
-        sections.append(("E1, known entropy", claims(entropy), entropy.table(read["entropy/results.jsonl"])))
+        sections.append(("E1, known entropy", claims(entropy.__doc__), entropy.table(read["entropy/results.jsonl"])))
     if read["cliff/results.jsonl"]:
-        sections.append(("E2, capacity", claims(cliff), cliff.table(read["cliff/results.jsonl"])))
+        sections.append(("E2, capacity", claims(cliff.__doc__), cliff.table(read["cliff/results.jsonl"])))
+    if read["rate.json"]:
+        told = "\n\n".join(rate.lines(name, **parts) for name, parts in read["rate.json"].items())
+        sections.append(("E1 and E3, bits and what they buy", claims(rate.__doc__), told))
     if read["readers/results.jsonl"]:
-        sections.append(("E4, detail", claims(readers), readers.table(read["readers/results.jsonl"])))
+        sections.append(("E4, detail", claims(readers.__doc__), readers.table(read["readers/results.jsonl"])))
     if read["joint/results.jsonl"]:
         table = arms(read["joint/results.jsonl"], read["rate.json"], read["readers/results.jsonl"])
         sections.append(("All arms", f'<p class="faint">{ARMS}</p>', table))
-        told, _ = joint.systems(joint.HERE / "systems.py")
-        about = "".join(f'<p class="faint">{html.escape(text)}</p>' for text in told.splitlines())
-        sections.append(("E5, joint training, at the end", about, joint.table(read["joint/results.jsonl"])))
+        told = [joint.systems(joint.HERE / file)[0] for file in ("systems.py", "lavit_arms.py", "orders.py")]
+        about = "".join(f'<p class="faint">{html.escape(text)}</p>' for text in told)
+        sections.append(("E5 and E6, joint training, at the end", about, joint.table(read["joint/results.jsonl"])))
+    if found := read["frozen_lm/results.jsonl"]:
+        tasks = runpy.run_path(str(joint.HERE.parent / "frozen_lm" / "tasks.py"))
+        table = tasks["table"]({row["name"]: row for row in found})
+        sections.append(("E7, a frozen language model", claims(tasks["__doc__"]), table))
+    if read["drift.json"]:
+        sections.append(("E9, drift", claims(drift.__doc__), drift.table(read["drift.json"], drift.ROUNDS)))
+    if found := read["selector/results.jsonl"]:
+        longest = max(row["steps"] for row in found)
+        told, _ = selector.report([row for row in found if row["steps"] == longest])
+        sections.append(("E10, what LaVIT's selector keeps", claims(selector.__doc__), told))
     how = " ".join((__doc__ or "").split("\n\n")[3].split())
     return "\n".join(
         [

@@ -136,8 +136,12 @@ def test_the_report_says_what_is_lost_won_and_open(ran, tmp_path):
     table = report["arms"](runs, rates, [*right, *clocks]).splitlines()
     assert table[2].startswith("| raw | 24,576 |  |  |  |  |  | 0.800 (0.")
     assert table[3].startswith("| vq_ar | 640, 500 |  |  | 0.400 (0.300 to 0.500) |  |  | 0.900 (0.")
-    for name, records in (("readers", right), ("joint", runs)):
+    told = {"share": 0.33, "correlation": 0.7, "of_cells_with_bits": 0.6, "of_plain_cells": 0.1, "shares": [0.1, 0.5, 0.3]}
+    kept = [{"seed": 0, "steps": steps, "trained": told, "untrained": told, "entropies": [3, 8, 5]} for steps in (2, 4, 4)]
+    restored = [{"name": "inpainting colour / faithful / vote", "accuracy": 0.998}]
+    for name, records in (("readers", right), ("joint", runs), ("selector", kept), ("frozen_lm", restored)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.jsonl").write_text("\n".join(map(json.dumps, records)))
     page = report["page"](tmp_path)
-    assert "1 of 4 comparisons" in page and "cliff/results.jsonl" in page and page.count("<table>") == 6
+    assert "<p>DOES NOT HOLD: not so before training</p>" in page and "0.330, 0.330" in page
+    assert "1 of 4 comparisons" in page and "cliff/results.jsonl" in page and page.count("<table>") == 10
