@@ -63,6 +63,7 @@ AT_ONCE = 250  # images that a tokenizer takes
 
 class Examples(NamedTuple):
     images: np.ndarray  # uint8 [n, 2, 64, 64, 3]; one image twice where there is but one
+    ground: np.ndarray  # float32 [n, 3]; median levels of the first, found once: sorting takes as long as a step
     kind: np.ndarray  # int32 [n]; number in KINDS
     answer: np.ndarray  # int32 [n, LONGEST]; numbers in SIGNS
     size: np.ndarray  # int32 [n]; of digits, else 0
@@ -76,8 +77,10 @@ def examples(documents: Sequence[Document], tokenizer=None) -> Examples:
         images = [image for part in parts for image in part]
     given = iter(images)
     pairs = [([next(given) for _ in document.images] * 2)[:2] for document in documents]
+    shown = np.array(pairs)
     return Examples(
-        np.array(pairs),
+        shown,
+        np.array([np.median(first, axis=(0, 1)) for first in shown[:, 0]], np.float32),
         np.array([KINDS.index(d.extra["kind"]) for d in documents], np.int32),
         np.array([[SIGNS.index(sign) for sign in written(d.extra["answer"])] for d in documents], np.int32),
         np.array([d.extra.get("size", 0) for d in documents], np.int32),
@@ -91,7 +94,7 @@ def written(answer: str) -> str:
 
 
 class Reader(nnx.Module):
-    """[n, 2, 64, 64, 3] uint8 to the logits of the signs of an answer, [n, LONGEST, signs].
+    """Images uint8 [n, 2, 64, 64, 3] and ground [n, 3] to the logits of the signs of an answer, [n, LONGEST, signs].
 
     Convolutions to 8 x 8 places see the levels of the first image, how far each pixel is from the ground, which is the median,
     and how far the second image is from the first. Beside them stand what strides would lose, of whatever stands out: which
@@ -108,11 +111,11 @@ class Reader(nnx.Module):
         self.mixed = nnx.Linear(64 * 32 + 8 * width + WINDOW**2 + MOST + 8 * (SIDE + 1) + 1 + 24, 256, rngs=rngs)
         self.answer = nnx.Linear(256, len(KINDS) * LONGEST * len(SIGNS), rngs=rngs)
 
-    def __call__(self, images: jax.Array, kind: jax.Array) -> jax.Array:
+    def __call__(self, images: jax.Array, ground: jax.Array, kind: jax.Array) -> jax.Array:
         count = len(images)
         levels = images.astype(jnp.float32) / 127.5 - 1
         first, apart = levels[:, 0], jnp.abs(levels[:, 1] - levels[:, 0])
-        figure, changed = first - jnp.median(first, axis=(1, 2), keepdims=True), apart.sum(-1)
+        figure, changed = first - (ground / 127.5 - 1)[:, None, None], apart.sum(-1)
         figure = jnp.sqrt(jnp.square(figure).sum(-1))
         x = nnx.relu(self.enter(jnp.concatenate([first, figure[..., None], apart], -1)))
         for conv, norm in zip(self.convs, self.norms, strict=True):
@@ -174,12 +177,12 @@ def optimiser(steps: int) -> optax.GradientTransformation:
 
 
 @functools.partial(jax.jit, static_argnames="steps", donate_argnames=("params", "opt_state"))
-def step(steps: int, params, opt_state, images, kind, answer):
+def step(steps: int, params, opt_state, data: Examples):
     """One of `steps`."""
 
     def loss(params):
-        logits = nnx.merge(GRAPH, params)(images, kind)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, answer).sum(-1).mean()
+        logits = nnx.merge(GRAPH, params)(data.images, data.ground, data.kind)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, data.answer).sum(-1).mean()
 
     value, grads = jax.value_and_grad(loss)(params)
     updates, opt_state = optimiser(steps).update(grads, opt_state, params)
@@ -192,19 +195,19 @@ def trained(data: Examples, steps: int, seed: int, begin: nnx.State | None = Non
     opt_state, rng = optimiser(steps).init(params), np.random.default_rng([seed, begin is not None])
     for _ in range(steps):
         pick = rng.integers(0, len(data.kind), BATCH)
-        params, opt_state, _ = step(steps, params, opt_state, data.images[pick], data.kind[pick], data.answer[pick])
+        params, opt_state, _ = step(steps, params, opt_state, Examples(*(part[pick] for part in data)))
     return params
 
 
 @jax.jit
-def read(params: nnx.State, images: jax.Array, kind: jax.Array) -> jax.Array:
-    return nnx.merge(GRAPH, params)(images, kind).argmax(-1)
+def read(params: nnx.State, data: Examples) -> jax.Array:
+    return nnx.merge(GRAPH, params)(data.images, data.ground, data.kind).argmax(-1)
 
 
 def asked(params: nnx.State, data: Examples) -> dict[str, float]:
     """Share of right answers by kind, and of digits by size (`ocr 5`)."""
     parts = range(0, len(data.kind), AT_ONCE)
-    found = [np.asarray(read(params, data.images[i : i + AT_ONCE], data.kind[i : i + AT_ONCE])) for i in parts]
+    found = [np.asarray(read(params, Examples(*(part[i : i + AT_ONCE] for part in data)))) for i in parts]
     right, result = (np.concatenate(found) == data.answer).all(-1), {}
     for number, kind in enumerate(KINDS):
         if (data.kind == number).any():
