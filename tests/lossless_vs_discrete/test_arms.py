@@ -8,7 +8,6 @@ import pytest
 from mmdiff.config_files import load_experiment, replaced
 from mmdiff.data.batches import Batches
 from mmdiff.data.sources import open_source, open_vocabulary
-from mmdiff.data.vocabulary import Vocabulary
 from mmdiff.tokenizers.network import TokenizerNetwork
 from mmdiff.training.flops import training_flops
 
@@ -36,7 +35,8 @@ def test_larger_tokenizers_on_a_frozen_encoder_can_be_made(name):
     network = TokenizerNetwork.of(cfg, None, 300)
     jax.eval_shape(network.init, jax.random.key(0))
     assert network.grid == (8, 8) and cfg.tokenizer.encoder == "runs/stand_ins/two_tower"
-    assert Batches(open_source(replaced(cfg, {"data.size": 50}), "train"), Vocabulary.bytes(), cfg).rows_per_epoch() > 0
+    source = open_source(replaced(cfg, {"data.size": 300}), "train")
+    assert Batches(source, open_vocabulary(cfg, source), cfg).rows_per_epoch() > 0
 
 
 @pytest.mark.parametrize("name", ["lavit", "lavit_fixed", "lavit_bidirectional", "seed", "seed_pairs"])
