@@ -13,8 +13,9 @@ of a batch, not of each image. Its encoder has random weights: features need onl
 where all features have most in common, as those of untrained networks do, nearly all of the loss is about that.
 
 Measured on unseen images: the mean share that is kept; Spearman's rank correlation of an image's share with (1), and its
-bootstrap interval; how often cells with bits are kept, and how often plain ones. The same before training is the negative
-control.
+bootstrap interval; how often cells with bits are kept, and how often plain ones. Which patches are kept is drawn, as in use, by
+chances that the selector gives; the correlation of an image's mean chance, what its share is on average over many draws, stands
+beside. The same before training is the negative control.
 
 Claims, before it was run: (1) the mean share is 1/3, to 0.02; (2) the rank correlation is at least 0.6; (3) cells with bits are
 kept more often than plain ones. (1) would be wrong if any seed lay outside; (2) if the interval over images and seeds lay below
@@ -32,6 +33,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import joint
 import numpy as np
 import PIL.Image
@@ -118,17 +120,18 @@ def settings(arguments: argparse.Namespace, seed: int) -> config.Config:
     return replaced(load_experiment(f"{HERE / 'semantic.py'}:lavit"), changes)
 
 
-def kept(tokenizer, params, images: np.ndarray) -> np.ndarray:
-    """Which patches are kept, drawn as in use, bool [n, 16]."""
+def kept(tokenizer, params, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which patches are kept, drawn as in use, bool [n, 16], and the chance that each is, float32 [n, 16]."""
 
     @jax.jit
     def of(params, images):
         model = tokenizer.network.bind(params)
         features, _ = model.module.tower(images)
-        return model.keep(features, own_keys(images, jax.random.key(0)))
+        return model.keep(features, own_keys(images, jax.random.key(0))), jnp.exp(model.module.selector(features)[..., 0])
 
     pieces = np.split(images.astype(np.float32) / 127.5 - 1, max(1, len(images) // 64))
-    return np.concatenate([np.asarray(of(params, piece)) for piece in pieces]) > 0.5
+    drawn, chances = map(np.concatenate, zip(*(of(params, piece) for piece in pieces), strict=True))
+    return drawn > 0.5, chances
 
 
 def measured(tokenizer, count: int) -> dict:
@@ -139,25 +142,27 @@ def measured(tokenizer, count: int) -> dict:
     fresh = jax.jit(tokenizer.network.init)(begin) | {"tower": tokenizer.params["tower"]}
     entropies, found = np.asarray([entropy(cells) for cells in told]), {}
     for name, params in (("trained", tokenizer.params), ("untrained", fresh)):
-        keep = kept(tokenizer, params, images)
+        keep, chances = kept(tokenizer, params, images)
         found[name] = {
             "share": float(keep.mean()),
             "shares": keep.mean(1).tolist(),
+            "chances": chances.mean(1).astype(float).tolist(),
             "correlation": rank_correlation(keep.mean(1), entropies),
+            "correlation_of_chances": rank_correlation(chances.mean(1), entropies),
             "of_cells_with_bits": float(keep[told].mean()),
             "of_plain_cells": float(keep[~told].mean()),
         }
     return found | {"entropies": entropies.tolist()}
 
 
-def interval(records: list[dict], name: str) -> tuple[float, float]:
-    """95% of the mean rank correlations of samples redrawn over seeds and, of each, over images."""
+def interval(records: list[dict], name: str, what: str = "shares") -> tuple[float, float]:
+    """95% of the mean rank correlations of shares (or "chances") in samples redrawn over seeds and, of each, over images."""
     rng, means = np.random.default_rng(0), []
     for _ in range(DRAWS):
         values = []
         for record in rng.choice(np.asarray(records, dtype=object), len(records)):
             pick = rng.integers(0, len(record["entropies"]), len(record["entropies"]))
-            values.append(rank_correlation(np.asarray(record[name]["shares"])[pick], np.asarray(record["entropies"])[pick]))
+            values.append(rank_correlation(np.asarray(record[name][what])[pick], np.asarray(record["entropies"])[pick]))
         means.append(np.mean(values))
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
@@ -170,11 +175,14 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 def report(records: list[dict]) -> tuple[str, bool]:
     """A table, and whether all that was claimed holds."""
-    lines = ["| selector | share kept | rank correlation | cells with bits | plain cells |", "| --- " * 5 + "|"]
+    head = ("selector", "share kept", "rank correlation of shares", "of chances", "cells with bits", "plain cells")
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     intervals = {name: interval(records, name) for name in ("trained", "untrained")}
     for name, (low, high) in intervals.items():
         of = lambda key, name=name: [record[name][key] for record in records]
         told = f"{np.mean(of('correlation')):.2f} ({low:.2f} to {high:.2f})"
+        low, high = interval(records, name, "chances")
+        told += f" | {np.mean(of('correlation_of_chances')):.2f} ({low:.2f} to {high:.2f})"
         shares = ", ".join(f"{share:.3f}" for share in of("share"))
         cells = " | ".join(f"{np.mean(of(key)):.1%}" for key in ("of_cells_with_bits", "of_plain_cells"))
         lines.append(f"| {name} | {shares} | {told} | {cells} |")

@@ -28,7 +28,8 @@ def test_images_of_known_entropy_are_counted_and_a_selector_that_does_not_care_i
 
     def record(shares, entropies):
         of = {"shares": shares.tolist(), "share": shares.mean(), "of_cells_with_bits": 0.8, "of_plain_cells": 0.1}
-        of["correlation"] = selector["rank_correlation"](shares, entropies)
+        of["correlation"] = of["correlation_of_chances"] = selector["rank_correlation"](shares, entropies)
+        of["chances"] = of["shares"]
         flat = of | {"shares": rng.random(len(shares)).tolist(), "correlation": 0.0}
         return {"trained": of, "untrained": flat, "entropies": entropies.tolist()}
 

@@ -137,6 +137,7 @@ def test_the_report_says_what_is_lost_won_and_open(ran, tmp_path):
     assert table[2].startswith("| raw | 24,576 |  |  |  |  |  | 0.800 (0.")
     assert table[3].startswith("| vq_ar | 640, 500 |  |  | 0.400 (0.300 to 0.500) |  |  | 0.900 (0.")
     told = {"share": 0.33, "correlation": 0.7, "of_cells_with_bits": 0.6, "of_plain_cells": 0.1, "shares": [0.1, 0.5, 0.3]}
+    told |= {"chances": told["shares"], "correlation_of_chances": 0.8}
     kept = [{"seed": 0, "steps": steps, "trained": told, "untrained": told, "entropies": [3, 8, 5]} for steps in (2, 4, 4)]
     restored = [{"name": "inpainting colour / faithful / vote", "accuracy": 0.998}]
     for name, records in (("readers", right), ("joint", runs), ("selector", kept), ("frozen_lm", restored)):
