@@ -110,8 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except config.ConfigError as error:
         parser.error(str(error))
     made = {} if arguments.judge is None else {"judge": judge.load(Path(arguments.judge))}
-    phrases = made["judge"].groups if made else phrases
-    task = Task(model, arguments.count, arguments.seed, wanted, phrases, source, comparison, made=made)
+    groups = made["judge"].groups if made else phrases
+    task = Task(model, arguments.count, arguments.seed, wanted, groups, source, comparison, made=made)
     if arguments.ladder:
         return climb(task, metrics, arguments.solver, arguments.few)
     result = measure(task, metrics)

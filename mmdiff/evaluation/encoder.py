@@ -191,7 +191,8 @@ def write(path: Path, **arrays: Any) -> None:
     from mmdiff.training.workdir import write_whole
 
     data = io.BytesIO()
-    np.savez(data, **{name: np.asarray(value) for name, value in arrays.items()})
+    given: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}
+    np.savez(data, **given)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, data.getvalue())
 
