@@ -31,6 +31,7 @@ import rate
 import readers
 import selector
 
+from mmdiff.config_files import load_experiment
 from mmdiff.sweeps.page import STYLE
 
 BETTER = {  # measures of E5: what they are about, and the sign of what is good
@@ -42,8 +43,7 @@ BETTER = {  # measures of E5: what they are about, and the sign of what is good
 }
 WHEN = {0.25: "at a quarter of the steps", 1.0: "at the end"}
 RAW_ARM = "raw"
-TOKENIZER_OF = {"vq_ar": "vq", "masked": "vq", "fsq_ar": "fsq", "v2l": "v2l", "lavit": "lavit", "seed": "seed"}  # of arms of E5
-PIXELS = ("raw", "read")  # arms that have every bit
+FILES = ("systems.py", "lavit_arms.py", "orders.py")  # of the arms of E5 and E6
 ARMS = """Bits of an image: nominal, and by the entropy of single codes (E1, on the images of E5). Digits of the largest size,
 counts and clocks that a reader of its own reads after the same tokenizer for 64 x 64 pixels (E4; lowest to highest of the
 seeds). What the arm does when it has been trained (E5, 95%)."""
@@ -127,10 +127,13 @@ def arms(runs: list[dict], rates: dict | None, right: list[dict] | None) -> str:
         f"| arm | bits of an image | {' | '.join((*PROBES, *metrics))} |",
         "| --- " * (2 + len(PROBES) + len(metrics)) + "|",
     ]
+    files = [joint.HERE / file for file in FILES]
+    settings = {arm: load_experiment(f"{file}:{arm}") for file in files for arm in joint.systems(file)[1]}
     for arm in joint.arms_of(runs):
-        tokenizer = TOKENIZER_OF.get(arm, "")
-        row, front = known.get(tokenizer), readers.RAW if arm in PIXELS else f"{tokenizer}_64"
-        cells = ["24,576" if arm in PIXELS else f"{row['nominal']:,.0f}, {row['entropy']:,.0f}" if row else ""]
+        cfg = settings[arm]
+        tokenizer, pixels = Path(cfg.data.tokenizer).name, not cfg.data.tokenizer and not cfg.front_end.encoder
+        row, front = known.get(tokenizer), readers.RAW if pixels else f"{tokenizer}_64"
+        cells = ["24,576" if pixels else f"{row['nominal']:,.0f}, {row['entropy']:,.0f}" if row else ""]
         for kind in PROBES:
             shares = [r["right"][kind] for r in own if r["front_end"] == front and kind in r["right"]]
             cells.append(f"{np.mean(shares):.3f} ({min(shares):.3f} to {max(shares):.3f})" if shares else "")
@@ -208,7 +211,7 @@ def page(results: Path) -> str:
     if read["joint/results.jsonl"]:
         table = arms(read["joint/results.jsonl"], read["rate.json"], read["readers/results.jsonl"])
         sections.append(("All arms", f'<p class="faint">{ARMS}</p>', table))
-        told = [joint.systems(joint.HERE / file)[0] for file in ("systems.py", "lavit_arms.py", "orders.py")]
+        told = [joint.systems(joint.HERE / file)[0] for file in FILES]
         about = "".join(f'<p class="faint">{html.escape(text)}</p>' for text in told)
         sections.append(("E5 and E6, joint training, at the end", about, joint.table(read["joint/results.jsonl"])))
     if found := read["frozen_lm/results.jsonl"]:

@@ -6,6 +6,7 @@
 It is the judge of mmdiff/evaluation/judge.py with a group of phrases for each quarter: each thing that can stand there ("large
 red circle at the top left"), or none. `image_accuracy` compares pixels with every thing there could be and calls unknown what
 resembles none; this one has learnt from images, and decides. What it says of real images (`phrase_judge`) is the most to ask.
+Numbers of one quarter bear the name of its first phrase: phrase_drawn_large_red_circle_at_the_top_left is all of the top left.
 
 Held out: scenes that training never shows (mmdiff/data/shapes.py).
 """
