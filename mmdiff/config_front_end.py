@@ -1,12 +1,12 @@
 """Configuration of front ends of features (a part of mmdiff/config.py): a vision tower, and an adapter behind it."""
 
 import dataclasses
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from mmdiff.config_model import require
 from mmdiff.config_tokenizer import Tower
 
-HEEDED = {  # fields that mean something to one kind or the other; elsewhere they must keep their defaults
+HEEDED = {  # kinds, and the fields that mean something to one or the other; elsewhere these must keep their defaults
     "none": (),
     "linear": (),
     "mlp": (),
@@ -17,7 +17,10 @@ HEEDED = {  # fields that mean something to one kind or the other; elsewhere the
 }
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "relu", "silu")  # of mmdiff/pretrained/encoder.py
 COMMON = ("kind", "encoder", "names", "tower", "skipped", "frozen")
-Kind = Literal["none", "linear", "mlp", "resampler", "qformer", "causal_former", "merger"]
+if TYPE_CHECKING:
+    Kind = str  # no checker computes a Literal
+else:
+    Kind = Literal[tuple(HEEDED)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,8 @@ class FrontEnd:
     """causal_former with layout.images="next_embedding": how far a prediction is from the next vector."""
 
     def __post_init__(self):
+        kinds = ", ".join(map(repr, HEEDED))
+        require(self.kind in HEEDED, f"front_end.kind={self.kind!r} must be one of {kinds}.")
         heeded = (*(COMMON if self.kind != "none" else ("kind",)), *HEEDED[self.kind])
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)

@@ -1,11 +1,11 @@
 """Configuration of discrete image tokenizers (a part of mmdiff/config.py)."""
 
 import dataclasses
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from mmdiff.config_model import require
 
-HEEDED = {  # fields that mean something to one quantizer or the other; elsewhere they must keep their defaults
+HEEDED = {  # quantizers, and the fields that mean something to one or the other; elsewhere these must keep their defaults
     "vq": ("codes", "code_width", "update", "normalise", "gradient", "decay", "restart", "commitment"),
     "simvq": ("codes", "code_width", "commitment"),
     "fsq": ("levels",),
@@ -13,7 +13,10 @@ HEEDED = {  # fields that mean something to one quantizer or the other; elsewher
     "none": ("code_width",),
     "v2l": ("codes", "code_width", "commitment", "words", "global_codes", "global_tokens", "residual"),
 }
-Name = Literal["vq", "simvq", "fsq", "lfq", "none", "v2l"]
+if TYPE_CHECKING:
+    Name = str  # no checker computes a Literal
+else:
+    Name = Literal[tuple(HEEDED)]
 
 
 # of tokenizers with a frozen encoder; v2l, too, has a tower
@@ -110,7 +113,9 @@ class Tokenizer:
     """File of VGG-16 weights (a .safetensors or .npz), which the user supplies."""
 
     def __post_init__(self):
-        told = {name for names in HEEDED.values() for name in names} - set(HEEDED.get(self.quantizer, ()))
+        names = ", ".join(map(repr, HEEDED))
+        require(self.quantizer in HEEDED, f"tokenizer.quantizer={self.quantizer!r} must be one of {names}.")
+        told = {name for names in HEEDED.values() for name in names} - set(HEEDED[self.quantizer])
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             require(

@@ -10,17 +10,21 @@ Letters: n images, s positions of the tower, f its width, k queries, w the decod
 Sources: Sun et al., Emu, arXiv 2307.05222; T5, arXiv 1910.10683.
 """
 
+from typing import Self
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mmdiff.adapters.base import Adapter, sizes
 from mmdiff.adapters.layers import Norm, linear
+from mmdiff.config import FrontEnd
 from mmdiff.nn.layers import gather, parameter
 from mmdiff.parallel.sharding import Placement
 from mmdiff.pretrained.t5 import T5Decoder
 
 
-class CausalFormer(nnx.Module):
+class CausalFormer(Adapter):
     def __init__(
         self, inputs: int, outputs: int, tokens: int, width: int, depth: int, heads: int, rngs: nnx.Rngs, place: Placement
     ):
@@ -34,9 +38,16 @@ class CausalFormer(nnx.Module):
                 attention.q.kernel[...] = attention.q.kernel[...] * head**-0.5
         self.out = linear(width, outputs, rngs, place)
 
+    @classmethod
+    def of(cls, front: FrontEnd, width: int, rngs: nnx.Rngs, place: Placement) -> Self:
+        return cls(*sizes(front, width), rngs, place)
+
     def __call__(self, features: jax.Array) -> jax.Array:
         """[n, s, f] to [n, k, d]."""
         context = self.into(self.norm(features))
         table = gather(self.queries, context.dtype, self.place)
         queries = jnp.broadcast_to(table, (len(context), *table.shape))
         return self.out(self.decoder(queries, context).astype(context.dtype))
+
+
+ADAPTER = CausalFormer

@@ -18,12 +18,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmdiff import config
-from mmdiff.adapters.causal_former import CausalFormer
+from mmdiff.adapters.base import adapter
 from mmdiff.adapters.layers import linear
-from mmdiff.adapters.linear import PerPatch
-from mmdiff.adapters.merger import MergerAdapter, SelectingTower
-from mmdiff.adapters.qformer import QFormerAdapter
-from mmdiff.adapters.resampler import Resampler
 from mmdiff.nn.layers import RMSNorm, gather, parameter
 from mmdiff.parallel.sharding import NOWHERE, Placement
 from mmdiff.pretrained.encoder import VisionTower, normalised
@@ -54,7 +50,7 @@ class FrontEnd(nnx.Module):
         (mmdiff/image_paths/next_embedding.py)."""
         self.cfg, self.front, self.size, self.place = cfg, front, size, place
         self.values = front.values(*size, cfg.patch)
-        self.adapter = make_adapter(front, cfg.width, rngs, place)
+        self.adapter = adapter(front).of(front, cfg.width, rngs, place)
         if front.gated:
             self.sign = parameter(jax.random.normal(rngs.params(), (cfg.width,)) * 0.02, (None,))
         if draws:
@@ -86,8 +82,7 @@ class FrontEnd(nnx.Module):
     def vectors(self, pixels: jax.Array, tower: VisionTower) -> jax.Array:
         """Images [n, h, w, 3] in [-1, 1] to [n, k, d]."""
         features = self.place(look(tower, pixels, self.front), "rows", None, None)
-        chosen = (tower.keep(features),) if isinstance(tower, SelectingTower) else ()
-        return self._scaled(self.adapter(features, *chosen))
+        return self._scaled(self.adapter.see(features, tower))
 
     def predict(self, hidden: jax.Array, cell: jax.Array | None) -> jax.Array:
         """Final hidden states [b, t, d] to the vectors that should stand behind them, float32 [b, t, d]; the cells make no
@@ -150,20 +145,3 @@ def pixel_decoder(cfg: config.Model, front: config.FrontEnd, size: tuple[int, in
     )
     grid, condition = (size[0] // cfg.patch, size[1] // cfg.patch), (front.tokens, cfg.width)
     return PixelDecoder(shape, config.Diffusion(), config.Sampling(), grid, condition, rngs, place)
-
-
-def make_adapter(front: config.FrontEnd, width: int, rngs: nnx.Rngs, place: Placement) -> Any:
-    """The module of a kind: features [n, 1 + patches, f] to vectors [n, k, width]."""
-    sizes = front.tower.width, width, front.tokens, front.width or width, front.depth, front.heads
-    match front.kind:
-        case "linear" | "mlp":
-            return PerPatch(front.tower.width, width, rngs, place, hidden=front.kind == "mlp")
-        case "resampler":
-            return Resampler(*sizes, rngs, place)
-        case "qformer":
-            return QFormerAdapter(*sizes, rngs, place)
-        case "causal_former":
-            return CausalFormer(*sizes, rngs, place)
-        case "merger":
-            return MergerAdapter(front.tower, width, front.tokens, front.depth, rngs, place)
-    raise config.ConfigError(f"front_end.kind={front.kind!r} makes no vectors.")

@@ -6,14 +6,18 @@
 The class token is left out. Letters: n images, s = 1 + patches positions of the tower, f its width, d the model's.
 """
 
+from typing import Self
+
 import jax
 from flax import nnx
 
+from mmdiff.adapters.base import Adapter
+from mmdiff.config import FrontEnd
 from mmdiff.nn.layers import Linear
 from mmdiff.parallel.sharding import Placement
 
 
-class PerPatch(nnx.Module):
+class PerPatch(Adapter):
     def __init__(self, inputs: int, outputs: int, rngs: nnx.Rngs, place: Placement, *, hidden: bool):
         """`hidden`: with a layer between."""
         linear = lambda a: Linear(a, outputs, rngs, axes=(None, None), bias=True, place=place)
@@ -21,7 +25,14 @@ class PerPatch(nnx.Module):
         if hidden:
             self.second = linear(outputs)
 
+    @classmethod
+    def of(cls, front: FrontEnd, width: int, rngs: nnx.Rngs, place: Placement) -> Self:
+        return cls(front.tower.width, width, rngs, place, hidden=False)
+
     def __call__(self, features: jax.Array) -> jax.Array:
         """[n, s, f] to [n, s - 1, d]."""
         x = self.first(features[:, 1:])
         return self.second(jax.nn.gelu(x, approximate=False)) if self.hidden else x
+
+
+ADAPTER = PerPatch

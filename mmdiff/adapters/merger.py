@@ -11,12 +11,19 @@ Source: Jin et al., LaVIT, arXiv 2309.04669. Letters: n images, t patches of the
 the model's width.
 """
 
+from pathlib import Path
+from typing import Any, Self
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mmdiff import config
+from mmdiff.adapters.base import Adapter
 from mmdiff.adapters.layers import linear
+from mmdiff.config import FrontEnd
+from mmdiff.config_files import run_config
 from mmdiff.nn.layers import parameter
 from mmdiff.parallel.sharding import Placement
 from mmdiff.pretrained.encoder import VisionTower
@@ -37,15 +44,49 @@ class SelectingTower(VisionTower):
         return at_least_one(kept(choice, None), choice)
 
 
-class MergerAdapter(nnx.Module):
+class MergerAdapter(Adapter):
     def __init__(self, tower: config.Tower, outputs: int, tokens: int, depth: int, rngs: nnx.Rngs, place: Placement):
         self.tokens = tokens
         self.merger = Merger(tower.width, depth, tower.heads, rngs)
         self.out = linear(tower.width, outputs, rngs, place)
         self.blank = parameter(jax.random.normal(rngs.params(), (outputs,)) * 0.02, (None,))
 
-    def __call__(self, features: jax.Array, keep: jax.Array) -> jax.Array:
-        """Features [n, 1 + t, f] and what is kept of them, [n, t], to [n, k, d]."""
-        packed = self.merger.packed(features[:, 1:], keep, self.tokens)
+    @classmethod
+    def of(cls, front: FrontEnd, width: int, rngs: nnx.Rngs, place: Placement) -> Self:
+        return cls(front.tower, width, front.tokens, front.depth, rngs, place)
+
+    @staticmethod
+    def tower(front: FrontEnd, rngs: nnx.Rngs) -> SelectingTower:
+        return SelectingTower(front.tower, rngs)
+
+    def see(self, features: jax.Array, tower: Any) -> jax.Array:
+        """Features [n, 1 + t, f] of a `SelectingTower` to [n, k, d]."""
+        packed = self.merger.packed(features[:, 1:], tower.keep(features), self.tokens)
         x = self.out(packed.x.astype(features.dtype))
         return jnp.where(packed.filled[..., None], x, self.blank[...].astype(x.dtype))
+
+    @staticmethod
+    def trained(front: FrontEnd, width: int, tower: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Merger and selector of a tokenizer, which must have been trained on this tower."""
+        from mmdiff.training.checkpoint import restore_params
+
+        run = run_config(front.init)
+        config.require(
+            run.model.network == "lavit" and run.tokenizer.causal and run.tokenizer.keep < 1,
+            f"front_end.init={front.init!r} is no LaVIT tokenizer that selects (model.network='lavit', tokenizer.keep below 1 "
+            "and tokenizer.causal=True): name the run of one.",
+        )
+        config.require(
+            run.tokenizer.depth == front.depth,
+            f"front_end.depth={front.depth}, and the merger in {front.init} has {run.tokenizer.depth} layers: set it to that.",
+        )
+        params = jax.tree.map(np.asarray, restore_params(Path(front.init) / "checkpoints")[0])
+        seen, own = jax.tree.leaves(params["tower"]["vision"]), jax.tree.leaves(tower)
+        config.require(
+            len(seen) == len(own) and all(np.array_equal(a, b) for a, b in zip(seen, own, strict=True)),
+            f"front_end.encoder={front.encoder!r} is not the encoder that {front.init} was trained on: name that.",
+        )
+        return tower | {"selector": params["selector"]}, {"merger": params["merger"]}
+
+
+ADAPTER = MergerAdapter

@@ -8,11 +8,15 @@ Linear layers inside have no bias. The class token is left out. Letters: n image
 its width, k latents, w the adapter's width, d the model's. Source: Alayrac et al., arXiv 2204.14198, section 3.1.1.
 """
 
+from typing import Self
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mmdiff.adapters.base import Adapter, sizes
 from mmdiff.adapters.layers import MLP, Attention, Norm, linear
+from mmdiff.config import FrontEnd
 from mmdiff.nn.layers import gather, parameter
 from mmdiff.parallel.sharding import Placement
 
@@ -30,7 +34,7 @@ class ResamplerLayer(nnx.Module):
         return latents + self.mlp(self.norm_mlp(latents))
 
 
-class Resampler(nnx.Module):
+class Resampler(Adapter):
     def __init__(
         self, inputs: int, outputs: int, tokens: int, width: int, depth: int, heads: int, rngs: nnx.Rngs, place: Placement
     ):
@@ -38,6 +42,10 @@ class Resampler(nnx.Module):
         self.latents = parameter(jax.random.normal(rngs.params(), (tokens, width)), (None, None))
         self.layers = nnx.List([ResamplerLayer(width, heads, rngs, place) for _ in range(depth)])
         self.norm, self.out = Norm(width, rngs), linear(width, outputs, rngs, place)
+
+    @classmethod
+    def of(cls, front: FrontEnd, width: int, rngs: nnx.Rngs, place: Placement) -> Self:
+        return cls(*sizes(front, width), rngs, place)
 
     def __call__(self, features: jax.Array) -> jax.Array:
         """[n, s, f] to [n, k, d]."""
@@ -47,3 +55,6 @@ class Resampler(nnx.Module):
         for layer in self.layers:
             latents = layer(latents, x)
         return self.out(self.norm(latents))
+
+
+ADAPTER = Resampler

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mmdiff import config
-from mmdiff.adapters.tower import TOWER
+from mmdiff.adapters.base import TOWER
 from mmdiff.models.rivals import Rival
 from mmdiff.models.transfusion import Transfusion, compute_type, gates, head, is_layers, unrolled
 from mmdiff.parallel.sharding import Axes, Placement

@@ -19,9 +19,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from mmdiff import config
+from mmdiff.adapters.base import adapter
 from mmdiff.adapters.front_end import FrontEnd
 from mmdiff.adapters.gated import GatedCrossAttention
-from mmdiff.adapters.tower import make_tower
 from mmdiff.layout import TIME, IntervalMask
 from mmdiff.models.patches import MIXTURE_VALUES, TIME_FREQUENCIES, Codes, RawPatches, time_features
 from mmdiff.nn import strided
@@ -107,7 +107,7 @@ class Transfusion(nnx.Module):
         self.codes = images in config.CODED
         self.fronted = front is not None
         if front is not None:
-            self.tower = make_tower(front[0], rngs)
+            self.tower = adapter(front[0]).tower(front[0], rngs)
             self.image = FrontEnd(cfg, *front, rngs, place, draws=images == "next_embedding")
         elif self.codes:
             self.image = Codes(cfg, rngs, place, regressed=images == "next_vector")

@@ -36,7 +36,7 @@ from mmdiff.parallel.mesh import make_mesh
 from mmdiff.parallel.sharding import Placement
 from mmdiff.sampling.cache import Cache
 from mmdiff.sampling.image import Canvas, Drawing, Guidance, draw
-from mmdiff.tokenizers.network import make_quantizer
+from mmdiff.tokenizers.quantizers.base import make_quantizer
 from mmdiff.training import flops
 from mmdiff.training import state as train_state
 from mmdiff.training.optimizer import make_optimizer

@@ -31,53 +31,13 @@ from mmdiff.parallel.sharding import Placement
 from mmdiff.pretrained.tower import named, numbered
 from mmdiff.tokenizers import conv, vit
 from mmdiff.tokenizers.discriminator import Discriminator
-from mmdiff.tokenizers.quantizers.base import Learning, Quantized, Quantizer
-from mmdiff.tokenizers.quantizers.fsq import FSQ
-from mmdiff.tokenizers.quantizers.lfq import LFQ
-from mmdiff.tokenizers.quantizers.none import Continuous
-from mmdiff.tokenizers.quantizers.simvq import SimVQ
-from mmdiff.tokenizers.quantizers.vq import VQ
-from mmdiff.tokenizers.v2l.quantizer import V2L
+from mmdiff.tokenizers.quantizers.base import Learning, Quantized, Quantizer, make_quantizer
+from mmdiff.tokenizers.quantizers.v2l import V2L
 
 if TYPE_CHECKING:
     from mmdiff.data.batches import Batches
 
 UNTRAINED = "codebook"
-
-
-def make_quantizer(settings: config.Tokenizer) -> Quantizer:
-    """The quantizer of a configuration."""
-    match settings.quantizer:
-        case "vq":
-            learnt = settings.update == "loss"
-            return VQ(
-                settings.codes,
-                settings.code_width,
-                decay=settings.decay,
-                commitment=settings.commitment,
-                normalise=settings.normalise,
-                restart=0.0 if learnt else settings.restart,
-                gradient=settings.gradient,
-                update=settings.update,
-            )
-        case "simvq":
-            return SimVQ(settings.codes, settings.code_width, commitment=settings.commitment)
-        case "fsq":
-            return FSQ(settings.levels)
-        case "lfq":
-            return LFQ(settings.code_width, entropy=settings.entropy, commitment=settings.commitment)
-        case "none":
-            return Continuous(settings.code_width)
-        case "v2l":
-            return V2L(
-                settings.codes,
-                settings.global_codes,
-                settings.global_tokens,
-                settings.code_width,
-                settings.tower,
-                settings.words,
-                commitment=settings.commitment,
-            )
 
 
 class Autoencoder(nnx.Module):

@@ -11,8 +11,8 @@ import optax
 from jax.sharding import Mesh
 
 from mmdiff import config
+from mmdiff.adapters.base import TOWER
 from mmdiff.adapters.folders import front_end_parameters
-from mmdiff.adapters.tower import TOWER
 from mmdiff.data.batches import Batches
 from mmdiff.data.sources import Source, open_source, open_vocabulary
 from mmdiff.data.vocabulary import Vocabulary

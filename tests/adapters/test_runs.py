@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import mmdiff
+from mmdiff.adapters.base import TOWER
 from mmdiff.adapters.folders import front_end_parameters
-from mmdiff.adapters.tower import TOWER
 from mmdiff.config import Config, ConfigError, Data, FrontEnd, Layout, Model, Optimizer, Training
 from mmdiff.document import DataError, Document
 from mmdiff.pretrained.load import Weights

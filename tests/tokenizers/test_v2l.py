@@ -19,9 +19,9 @@ from mmdiff.pretrained.encoder import normalised
 from mmdiff.tokenizers.model import Tokenizer as Trained
 from mmdiff.tokenizers.network import TokenizerNetwork
 from mmdiff.tokenizers.quantizers.base import Learning
+from mmdiff.tokenizers.quantizers.v2l import MAP_WEIGHT
 from mmdiff.tokenizers.training import make_tokenizer_step
 from mmdiff.tokenizers.v2l import expand
-from mmdiff.tokenizers.v2l.quantizer import MAP_WEIGHT
 from mmdiff.tokenizers.v2l.words import read_words
 from mmdiff.training import state as train_state
 from mmdiff.training.loop import train

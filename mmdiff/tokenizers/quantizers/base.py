@@ -10,14 +10,20 @@ very number that `decode` gives, so a decoder sees the same input in training an
 A quantizer is a frozen dataclass of its configuration, hence hashable (a static argument of jit); all arrays are in two
 pytrees that the caller keeps: `params`, trained by gradient, and `state`, which is not (no optimiser, no weight decay).
 
+The quantizer that tokenizer.quantizer names is what `of(settings)` makes in the file of that name here: to add one, write its
+file and say in mmdiff/config_tokenizer.py which settings it heeds.
+
 Shapes: z [..., d], ids [...], weight [...], 1 where a position counts and 0 at padding. Everything is float32.
 Source: straight-through gradients, van den Oord et al., VQ-VAE, arXiv 1711.00937.
 """
 
+import importlib
 from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+
+from mmdiff.config import Tokenizer
 
 Arrays = dict[str, jax.Array]
 
@@ -69,6 +75,11 @@ class Quantizer(Protocol):
 
     def decode(self, params: Arrays, state: Arrays, ids: jax.Array) -> jax.Array:
         """Codes float32 [..., d] of ids."""
+
+
+def make_quantizer(settings: Tokenizer) -> Quantizer:
+    """The quantizer of a configuration."""
+    return importlib.import_module(f"{__package__}.{settings.quantizer}").of(settings)
 
 
 @jax.custom_jvp

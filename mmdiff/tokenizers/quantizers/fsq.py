@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmdiff.config import require
+from mmdiff.config import Tokenizer, require
 from mmdiff.tokenizers.quantizers.base import Arrays, Learning, Quantized, straight_through
 
 LEVELS = {
@@ -35,6 +35,11 @@ LEVELS = {
 
 EPS = 1e-3  # keeps the outermost levels within reach of tanh
 MOST = 1000  # more levels, and EPS would round to a level that does not exist
+
+
+def of(settings: Tokenizer) -> "FSQ":
+    """As configured."""
+    return FSQ(settings.levels)
 
 
 @dataclasses.dataclass(frozen=True)

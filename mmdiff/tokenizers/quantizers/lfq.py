@@ -23,10 +23,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mmdiff.config import require
+from mmdiff.config import Tokenizer, require
 from mmdiff.tokenizers.quantizers.base import Arrays, Learning, Quantized, mean, squared_error, straight_through
 
 SMALLEST = 1e-7  # a mean probability is kept this far from 0 and 1, where h has no finite slope
+
+
+def of(settings: Tokenizer) -> "LFQ":
+    """As configured."""
+    return LFQ(settings.code_width, entropy=settings.entropy, commitment=settings.commitment)
 
 
 @dataclasses.dataclass(frozen=True)

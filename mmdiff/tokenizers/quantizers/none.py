@@ -9,7 +9,13 @@ import math
 import jax
 import jax.numpy as jnp
 
+from mmdiff.config import Tokenizer
 from mmdiff.tokenizers.quantizers.base import Arrays, Learning, Quantized
+
+
+def of(settings: Tokenizer) -> "Continuous":
+    """As configured."""
+    return Continuous(settings.code_width)
 
 
 @dataclasses.dataclass(frozen=True)

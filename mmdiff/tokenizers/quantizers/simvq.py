@@ -18,9 +18,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mmdiff.config import require
+from mmdiff.config import Tokenizer, require
 from mmdiff.tokenizers import codebook
 from mmdiff.tokenizers.quantizers.base import Arrays, Learning, Quantized, squared_error, straight_through
+
+
+def of(settings: Tokenizer) -> "SimVQ":
+    """As configured."""
+    return SimVQ(settings.codes, settings.code_width, commitment=settings.commitment)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,12 +32,26 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from mmdiff.config import require
+from mmdiff.config import Tokenizer, require
 from mmdiff.tokenizers import codebook
 from mmdiff.tokenizers.quantizers.base import Arrays, Learning, Quantized, squared_error, straight_through
 from mmdiff.tokenizers.quantizers.rotation import rotate_to
 
 SMOOTHING = 1e-5  # eps of (4)
+
+
+def of(settings: Tokenizer) -> "VQ":
+    """As configured."""
+    return VQ(
+        settings.codes,
+        settings.code_width,
+        decay=settings.decay,
+        commitment=settings.commitment,
+        normalise=settings.normalise,
+        restart=settings.restart if settings.update == "ema" else 0.0,
+        gradient=settings.gradient,
+        update=settings.update,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,13 +26,26 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmdiff import config
-from mmdiff.config import require
+from mmdiff.config import Tokenizer, require
 from mmdiff.pretrained.tower import Tower, numbered
 from mmdiff.tokenizers import codebook
 from mmdiff.tokenizers.quantizers.base import Arrays, Learning, Quantized, squared_error, straight_through
 from mmdiff.tokenizers.v2l.words import read_words
 
 MAP_WEIGHT = 0.33
+
+
+def of(settings: Tokenizer) -> "V2L":
+    """As configured."""
+    return V2L(
+        settings.codes,
+        settings.global_codes,
+        settings.global_tokens,
+        settings.code_width,
+        settings.tower,
+        settings.words,
+        commitment=settings.commitment,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
