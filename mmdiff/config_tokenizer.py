@@ -10,6 +10,7 @@ HEEDED = {  # quantizers, and the fields that mean something to one or the other
     "simvq": ("codes", "code_width", "commitment"),
     "fsq": ("levels",),
     "lfq": ("code_width", "commitment", "entropy"),
+    "bsq": ("code_width", "commitment", "entropy"),
     "none": ("code_width",),
     "v2l": ("codes", "code_width", "commitment", "words", "global_codes", "global_tokens", "residual"),
 }
@@ -56,7 +57,7 @@ class Tokenizer:
     codes: int = 1024
     """vq, simvq: size of the codebook. v2l: of the local one, the language model's vocabulary."""
     code_width: int = 8
-    """vq, simvq, none: numbers of a code. lfq: its bits. v2l: width of a word's embedding."""
+    """vq, simvq, none: numbers of a code. lfq, bsq: its bits. v2l: width of a word's embedding."""
     levels: tuple[int, ...] = (8, 5, 5, 5)
     """fsq: values of each number of a code."""
     latents: int = 0
@@ -91,9 +92,9 @@ class Tokenizer:
     restart: float = 0.1
     """vq with update="ema": a code used less than this share of the average starts anew; 0: never."""
     commitment: float = 0.25
-    """vq, simvq, lfq, v2l: weight of the distance from the encoder's output to its code."""
+    """vq, simvq, lfq, bsq, v2l: weight of the distance from the encoder's output to its code."""
     entropy: float = 0.1
-    """lfq: weight of the entropy term."""
+    """lfq, bsq: weight of the entropy term."""
     words: str = ""
     """v2l: file of words and their embeddings (mmdiff/tokenizers/v2l/words.py), read when training starts."""
     global_codes: int = 1

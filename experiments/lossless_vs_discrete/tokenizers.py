@@ -50,6 +50,10 @@ def lfq() -> Config:
     return config(Tokenizer(quantizer="lfq", code_width=10), "tokenizer_lfq")
 
 
+def bsq() -> Config:
+    return config(Tokenizer(quantizer="bsq", code_width=10), "tokenizer_bsq")
+
+
 def rotation() -> Config:
     """`vq` with the rotation trick in place of straight-through gradients."""
     return config(Tokenizer(quantizer="vq", codes=CODES, code_width=8, gradient="rotation"), "tokenizer_rotation")

@@ -13,7 +13,7 @@ from mmdiff.training.flops import training_flops
 
 from . import FOLDER
 
-TOKENIZERS = ["config", "vq", "simvq", "fsq", "lfq", "rotation", "continuous", "convolutional", "gan", "latents"]
+TOKENIZERS = ["config", "vq", "simvq", "fsq", "lfq", "bsq", "rotation", "continuous", "convolutional", "gan", "latents"]
 LARGER = ["vq_64", "fsq_64", "continuous_64"]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mmdiff.tokenizers.quantizers.base import Learning
+from mmdiff.tokenizers.quantizers.bsq import BSQ
 from mmdiff.tokenizers.quantizers.fsq import FSQ
 from mmdiff.tokenizers.quantizers.lfq import LFQ
 from mmdiff.tokenizers.quantizers.simvq import SimVQ
@@ -21,6 +22,7 @@ ALL = [
     SimVQ(13, 4),
     FSQ((8, 5, 3)),
     LFQ(5),
+    BSQ(5),
 ]
 EMA = [q for q in ALL if isinstance(q, VQ) and q.update == "ema"]
 each = pytest.mark.parametrize("quantizer", ALL, ids=str)

@@ -1,4 +1,4 @@
-"""FSQ, LFQ and the rotation trick against plain transcriptions of their formulas."""
+"""FSQ, LFQ, BSQ and the rotation trick against plain transcriptions of their formulas."""
 
 import itertools
 import math
@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmdiff.tokenizers.quantizers.bsq import BSQ
 from mmdiff.tokenizers.quantizers.fsq import FSQ, LEVELS
 from mmdiff.tokenizers.quantizers.lfq import LFQ, entropy_gap
 from mmdiff.tokenizers.quantizers.rotation import rotate_to
@@ -148,6 +149,43 @@ def test_the_bits_of_lfq_are_the_signs():
     out = quantise(LFQ(4), {}, {}, jnp.asarray([0.1, -3.0, 0.0, 2.0]))
     assert out.ids == 0b1001 and out.codes.tolist() == [1, -1, -1, 1]
     assert quantise(LFQ(30), {}, {}, jnp.ones(30)).ids == 2**30 - 1
+
+
+# BSQ
+
+
+def test_the_code_of_bsq_is_the_nearest_of_all_on_the_sphere_and_never_far():
+    quantizer = BSQ(5)
+    z = np.random.default_rng(0).standard_normal((400, 5))
+    out = quantise(quantizer, {}, {}, jnp.asarray(z, jnp.float32))
+    u, codes = z / np.linalg.norm(z, axis=-1, keepdims=True), all_signs(5) / math.sqrt(5)
+    distance = np.linalg.norm(u[:, None] - codes, axis=-1)
+    np.testing.assert_array_equal(out.ids, distance.argmin(-1))
+    np.testing.assert_allclose(out.codes, codes[distance.argmin(-1)], rtol=1e-6)
+    assert distance.min(-1).max() < math.sqrt(2 - 2 / math.sqrt(5))
+    assert np.linalg.norm(z - out.codes, axis=-1).max() > math.sqrt(2 - 2 / math.sqrt(5))  # as z itself can be
+
+
+@pytest.mark.parametrize("width", [2, 5])
+def test_the_loss_of_bsq_against_all_codes(width):
+    z = np.random.default_rng(width).standard_normal((50, width))
+    u, codes = z / np.linalg.norm(z, axis=-1, keepdims=True), all_signs(width) / math.sqrt(width)
+    square = np.square(u[:, None] - codes).sum(-1)
+    score = np.exp(-width * square)
+    p = score / score.sum(-1, keepdims=True)
+    bit = p.mean(0) @ (codes > 0)
+    independent = np.prod(np.where(codes > 0, bit, 1 - bit), axis=-1)
+    expected = 0.7 * square.min(-1).mean() / width + 0.3 * (entropy(p).mean() - entropy(independent))
+    out = quantise(BSQ(width, entropy=0.3, commitment=0.7), {}, {}, jnp.asarray(z, jnp.float32))
+    np.testing.assert_allclose(out.loss, expected, atol=2e-5)
+
+
+def test_the_gradient_of_bsq_is_that_of_the_direction():
+    z, weights = made(BSQ(5))[2], jax.random.normal(jax.random.key(9), (6, 8, 5))
+    seen = gradients(BSQ(5), lambda out: (weights * out.codes).sum())[2]
+    u = z / jnp.linalg.norm(z, axis=-1, keepdims=True)
+    across = (weights - (weights * u).sum(-1, keepdims=True) * u) / jnp.linalg.norm(z, axis=-1, keepdims=True)
+    np.testing.assert_allclose(seen, across, rtol=1e-4, atol=1e-6)
 
 
 # The rotation trick

@@ -11,6 +11,7 @@ import pytest
 from mmdiff.config import ConfigError
 from mmdiff.tokenizers import codebook
 from mmdiff.tokenizers.quantizers.base import straight_through
+from mmdiff.tokenizers.quantizers.bsq import BSQ
 from mmdiff.tokenizers.quantizers.fsq import FSQ
 from mmdiff.tokenizers.quantizers.lfq import LFQ
 from mmdiff.tokenizers.quantizers.simvq import SimVQ
@@ -50,7 +51,7 @@ def test_bf16_vectors_are_quantised_as_their_float32_values(quantizer):
     rounded = z.astype(jnp.bfloat16)
     out, exact = (quantise(quantizer, params, state, x, train=False) for x in (rounded, rounded.astype(jnp.float32)))
     assert same_bits(out, exact)
-    if not isinstance(quantizer, LFQ):  # rounding never changes a sign
+    if not isinstance(quantizer, LFQ | BSQ):  # rounding never changes a sign
         assert np.any(out.ids != quantise(quantizer, params, state, z, train=False).ids)
 
 
@@ -189,6 +190,10 @@ def test_evaluation_leaves_the_state_alone_and_the_same_key_gives_the_same_bits(
         (lambda: LFQ(0), "LFQ.width=0 must be between 1 and 30"),
         (lambda: LFQ(4, entropy=-1), "LFQ.entropy=-1 must not be negative"),
         (lambda: LFQ(4, commitment=-1), "LFQ.commitment=-1 must not be negative"),
+        (lambda: BSQ(31), "BSQ.width=31 must be between 2 and 30"),
+        (lambda: BSQ(1), "BSQ.width=1 must be between 2 and 30"),
+        (lambda: BSQ(4, entropy=-1), "BSQ.entropy=-1 must not be negative"),
+        (lambda: BSQ(4, commitment=-1), "BSQ.commitment=-1 must not be negative"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(make, says):

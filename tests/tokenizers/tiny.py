@@ -14,6 +14,7 @@ QUANTIZERS = {
     "simvq": Tokenizer(quantizer="simvq", codes=24, code_width=4),
     "fsq": Tokenizer(quantizer="fsq", levels=(4, 3, 3)),
     "lfq": Tokenizer(quantizer="lfq", code_width=5),
+    "bsq": Tokenizer(quantizer="bsq", code_width=5),
     "none": Tokenizer(quantizer="none", code_width=4),
 }
 
