@@ -19,7 +19,8 @@ demo: $(VENV)/.installed
 	@echo "sample sheets: runs/quickstart/samples    a document the model wrote: runs/quickstart/story/index.html"
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --ignore tests/test_notebooks.py
+	$(BIN)/python -m pytest -q -n auto --max-worker-restart 0 --dist loadfile --no-loadscope-reorder \
+		--ignore tests/test_notebooks.py
 
 notebooks: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q tests/test_notebooks.py

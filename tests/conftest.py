@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # runs started by a test share the device with it
@@ -39,12 +40,23 @@ jax.config.update("jax_default_matmul_precision", "highest")
 flags.FLAGS.mark_as_parsed()  # absl's users complain when a test runner owns the command line
 
 PATCH = 2
+MANY_MAPS = 20_000
 LONGEST = ("multiprocess", "sweeps", "parallel", "training")  # folders whose tests come first, so that no worker ends with them
 
 
 def pytest_collection_modifyitems(items):
     first = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: first.get(item.path.parent.name, len(LONGEST)))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_forgotten():
+    """Compiled programs are parts of memory mapped each by itself. A process may have 65,530 such maps (vm.max_map_count), and
+    where it has them all the compiler crashes, which happened to a worker after a thousand tests."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
 
 
 class Digits(Vocabulary):
