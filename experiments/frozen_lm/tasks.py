@@ -15,8 +15,9 @@ of the same examples, without any model. Context is one row of the grid, as publ
 Classification: N classes by colour or form, K examples of each from scenes that the tokenizer was trained on, one question
 about a scene that it was not; the image is its first words (mmdiff/in_context/few_shot.py). Classes bear their own names, as
 published, or other ones that no image of the prompt is described with: words may say "red" themselves, and then whatever
-repeats what it reads is right, a network that has learnt nothing included, if its output is tied to its input. Intervals hold
-95% of bootstrap samples. Captions and questions: four examples, and what copying the caption, or the most frequent answer, of
+repeats what it reads is right, a network that has learnt nothing included, if its output is tied to its input. Beside it,
+without any model, the class whose examples share most tokens with the question (of several, one at random). Intervals hold 95%
+of bootstrap samples. Captions and questions: four examples, and what copying the caption, or the most frequent answer, of
 the examples would give. Masked restoration: LoRA additions learn to write 30% of an image's tokens; beside them the most
 frequent token of each place.
 
@@ -59,7 +60,7 @@ EPISODES = [
     for attribute, ways, shots in (("colour", 2, 1), ("colour", 2, 2), ("form", 2, 2), ("colour", 3, 1))
     for naming in ("own", "other")
 ]
-TRAINED, CONTROL = "trained", "shuffled"
+TRAINED, CONTROL, SHARED = "trained", "shuffled", "shared tokens"
 SHOTS, ANSWER, CAPTION = 4, 6, 40  # of captions and questions: examples, tokens
 POOL = 400  # scenes that examples are drawn from
 
@@ -144,15 +145,24 @@ def other_names(language: Language, avoided: str) -> list[str]:
     return [word for word in found if word not in avoided and len(language.encode(word)) == 1]
 
 
+def most_shared(language: Language, names: list[str], examples: list[tuple[list[str], str]], given: list[str], rng) -> str:
+    """The name whose examples have most tokens in common with the question's."""
+    tokens = lambda words: set(prompts.image_words(language, words))
+    score = [sum(len(tokens(words) & tokens(given)) for words, other in examples if other == name) for name in names]
+    return str(rng.choice([name for name, one in zip(names, score, strict=True) if one == max(score)]))
+
+
 def few_shot(setting: Setting, attribute: str, ways: int, shots: int, naming: str, name: str) -> dict[str, Any]:
-    language, rng = setting.languages[name], np.random.default_rng(setting.seed)
+    """`name`: of a language model, or SHARED."""
+    language, rng = setting.languages.get(name, setting.languages[TRAINED]), np.random.default_rng(setting.seed)
     known, unseen = scenes(POOL, "train", setting.seed, 1), scenes(POOL, "test", setting.seed, 1)
     spelt = {which: setting.spelt(setting.codes(pool)) for which, pool in (("known", known), ("unseen", unseen))}
     by_class = lambda pool, value: [i for i, d in enumerate(pool) if class_of(attribute, d.extra["scene"]) == value]
     of_known = {value: by_class(known, value) for value in CLASSES[attribute]}
     of_unseen = {value: by_class(unseen, value) for value in CLASSES[attribute]}
     askable = [value for value in CLASSES[attribute] if of_unseen[value] and len(of_known[value]) >= shots]
-    asked, names, wanted = [], [], []
+    asked: list[tuple[list[str], list[tuple[list[str], str]], list[str]]] = []
+    wanted = []
     for _ in range(setting.episodes):
         chosen = [str(value) for value in rng.choice(askable, ways, replace=False)]
         pairs = [(spelt["known"][i], value) for value in chosen for i in rng.choice(of_known[value], shots, replace=False)]
@@ -166,11 +176,12 @@ def few_shot(setting: Setting, attribute: str, ways: int, shots: int, naming: st
                 len(free) >= ways, f"the language model has {len(free)} words that could be other names, and {ways} are needed."
             )
             called = dict(zip(chosen, map(str, rng.choice(free, ways, replace=False)), strict=True))
-        told = [called[value] for value in chosen]
-        asked.append(prompts.classification(language, told, [(words, called[value]) for words, value in pairs], given))
-        names.append(told)
+        asked.append(([called[value] for value in chosen], [(words, called[value]) for words, value in pairs], given))
         wanted.append(called[right])
-    found = classify(language, asked, names)
+    if name == SHARED:
+        found = [most_shared(language, *one, rng) for one in asked]
+    else:
+        found = classify(language, [prompts.classification(language, *one) for one in asked], [names for names, _, _ in asked])
     share, low, high = interval([a == b for a, b in zip(found, wanted, strict=True)])
     none = float(np.mean([answer is None for answer in found]))
     return {"accuracy": share, "low": low, "high": high, "chance": 1 / ways, "none": none, "episodes": len(found)}
@@ -252,7 +263,7 @@ def experiments(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
             for who in ("vote", TRAINED, *([CONTROL] if leak else [])):
                 found[f"{task} / {protocol} / {who}"] = lambda t=task, k=leak, w=who: restore(setting, t, k, w)
     for episode in EPISODES:
-        for who in (TRAINED, CONTROL):
+        for who in (TRAINED, CONTROL, SHARED):
             found[f"{kind(*episode)} / {who}"] = lambda e=episode, w=who: few_shot(setting, *e, w)
     for what, function in (("captions", captions), ("questions", questions), ("masked", masked)):
         for who in (TRAINED, CONTROL):
@@ -269,11 +280,11 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         cells = [f"{task} / {p} / {w}" for p, w in (("faithful", "vote"), ("faithful", TRAINED), ("faithful", CONTROL))]
         cells += [f"{task} / no leak / vote", f"{task} / no leak / {TRAINED}"]
         lines.append(f"| {task} | " + " | ".join(map(number, cells)) + " |")
-    lines += ["", "| classes | model | shuffled | chance |", "| --- " * 4 + "|"]
+    lines += ["", "| classes | model | shuffled | shared tokens, no model | chance |", "| --- " * 5 + "|"]
     for episode in EPISODES:
         name = kind(*episode)
         cells = []
-        for who in (TRAINED, CONTROL):
+        for who in (TRAINED, CONTROL, SHARED):
             row = found.get(f"{name} / {who}")
             cells.append(f"{row['accuracy']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" if row else "")
         lines.append(f"| {name} | {' | '.join(cells)} | {1 / episode[1]:.3f} |")

@@ -21,10 +21,11 @@ thousand steps in which nothing else is learnt; to save these minutes they are s
     (1) first layer    reads the position before, whatever stands there, and notes that token beside its own
     (2) second layer   reads where the noted token is its own: behind its earlier occurrences
     (3)                and adds the token that stands there to what it foretells
-    (4) first layer    notes the mean of the last tokens, some twenty
-    (5) third layer    reads, of what stands behind the mark of an output, most where that mean is like its own, as (3)
+    (4) first layer    notes the mean of the last tokens, some twenty, without those of the form of prompts
+    (5) second layer   notes that a colon stood two positions before
+    (6) third layer    reads, of what stands behind "Output: ", most where the mean of (4) is like its own, as (3)
 
-(1) to (3) are induction heads (Olsson et al., arXiv 2209.11895); (4) and (5) answer as examples like the question do.
+(1) to (3) are induction heads (Olsson et al., arXiv 2209.11895); (4) to (6) answer as examples like the question do.
 
 Printed: how often the two tokens that belong to a given input are found in ten corrupted examples, and how often the right one
 of two names, for prompts of random tokens that training has not shown; of this model, of what it began as, and of one without
@@ -55,7 +56,7 @@ from mmdiff.pretrained.load import save_module
 
 CONFIG = {
     "vocab_size": 512,
-    "hidden_size": 128,
+    "hidden_size": 192,
     "intermediate_size": 256,
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
@@ -201,49 +202,75 @@ def fresh(seed: int) -> Llama:
     return model
 
 
-def begun(seed: int, mark: int) -> Llama:
-    """`fresh` with the heads of (1) to (5) in place; `mark`: the token before an output.
+def begun(seed: int, language: Language) -> Llama:
+    """`fresh` with the heads of (1) to (6) in place.
 
-    Of the width the first number is the same for every token, and three slots follow: the token's own, that of the token
-    before, and the mean of those lately read.
+    Of the width the first numbers are switches, and three slots follow: the token's own, that of the token before, and the
+    mean of those lately read. Switches are on or off, never 0: all tokens shall be of one length, since a norm divides by it.
     """
     model, width, head = fresh(seed), CONFIG["hidden_size"], CONFIG["hidden_size"] // CONFIG["num_attention_heads"]
-    rng, size, planes = np.random.default_rng(seed), (width - 1) // 3, head // 2
-    own, before, lately = (slice(1 + i * size, 1 + (i + 1) * size) for i in range(3))
+    # always on; is a token of the form, a colon, the bracket; behind a colon, behind the bracket; a colon two before
+    one, form, colon, bracket, behind_colon, behind_bracket, output = range(SWITCHES := 7)
+    rng, size, planes = np.random.default_rng(seed), (width - SWITCHES) // 3, head // 2
+    own, before, lately = (slice(SWITCHES + i * size, SWITCHES + (i + 1) * size) for i in range(3))
     turn = CONFIG["rope_theta"] ** (-np.arange(planes) / planes)
     near, window, far = (np.flatnonzero((turn > a) & (turn < b)) for a, b in ((0.06, 2), (0.015, 0.09), (0, 2.5e-3)))
-    places, gate = np.concatenate([far[:-1], planes + far[:-1]]), far[-1]  # what turns least says something for itself
-    like = rng.normal(size=(size, len(places))) / np.sqrt(len(places))
+    places, gate = np.concatenate([far[:-1], planes + far[:-1]])[:size], far[-1]  # what turns least says something for itself
+    like = np.linalg.qr(rng.normal(size=(size, size)))[0][:, : len(places)]
+    before_input, before_output = language.encode(prompts.INPUT), language.encode(prompts.OUTPUT)  # both end in a space
     embedding = np.zeros(model.embedding.shape)
-    embedding[:, 0] = 1
-    embedding[:, own] = rng.normal(size=(len(embedding), size)) / np.sqrt(size)
+    embedding[:, one] = 2
+    embedding[:, [form, colon, bracket]] = -0.5
+    embedding[[*before_input, *before_output], form] = embedding[before_output[-2], colon] = 0.5
+    embedding[before_input[-2], bracket] = 0.5
+    embedding[:, own] = rng.normal(size=(len(embedding), size))
+    embedding[:, own] /= np.linalg.norm(embedding[:, own], axis=-1, keepdims=True)
     model.embedding[...] = jnp.asarray(embedding, jnp.float32)
     for number, each in enumerate(model.layers):
-        parts = {name: 0.1 * np.asarray(getattr(each, name).kernel[...]) for name in ("q", "k", "v", "out", "down")}
+        parts = {name: 0.05 * np.asarray(getattr(each, name).kernel[...]) for name in ("q", "k", "v", "out", "down")}
         q, k, v, out = (parts[name] for name in ("q", "k", "v", "out"))
 
-        def take(which: int, into: slice, strength: float, q=q, k=k, v=v, out=out) -> int:
-            """Clear a head, let it carry a token's own slot into another; where its numbers begin."""
+        def cleared(which: int, q=q, k=k, v=v, out=out) -> int:
+            """Where the numbers of a head begin."""
             start = which * head
-            for matrix in (q, k, v):
-                matrix[:, start : start + head] = 0
-            out[start : start + head] = 0
-            v[np.arange(own.start, own.stop), np.arange(start, start + size)] = 1
-            out[np.arange(start, start + size), np.arange(into.start, into.stop)] = strength
+            for matrix in (q.T, k.T, v.T, out):
+                matrix[start : start + head] = 0
             return start
 
+        def carry(start: int, what: slice | int, into: slice | int, strength: float, at: int = 0, v=v, out=out) -> None:
+            """From one place of the width to another, through the numbers of a head from `at` on."""
+            what, into = (np.r_[place] for place in (what, into))
+            through = start + at + np.arange(len(what))
+            v[what, through], out[through, into] = 1, strength
+
+        def back(start: int, which: np.ndarray, by: int, strength: float, q=q, k=k) -> None:
+            """Read `by` positions before: q is k turned on."""
+            q[one, start + which] = strength * np.cos(by * turn[which])
+            q[one, start + planes + which] = -strength * np.sin(by * turn[which])
+            k[one, start + which] = strength
+
         if number == 0:
-            start = take(0, before, 0.125)  # (1): q is k turned on by one position
-            q[0, start + near], q[0, start + planes + near], k[0, start + near] = np.cos(turn[near]), -np.sin(turn[near]), 1
-            start = take(1, lately, 0.4)  # (4)
-            q[0, start + window] = k[0, start + window] = 0.35
+            start = cleared(0)  # (1)
+            back(start, near, 1, 1)
+            carry(start, own, before, 0.21)
+            carry(start, colon, behind_colon, 0.21, at=size)
+            carry(start, bracket, behind_bracket, 0.21, at=size + 1)
+            start = cleared(1)  # (4)
+            back(start, window, 11, 0.35)
+            q[one, start + gate], k[form, start + gate] = 3, -3
+            carry(start, own, lately, 0.7)
         if number == 1:
-            start = take(0, own, 0.45)  # (2) and (3)
-            q[own, start + places], k[before, start + places] = 2 * like, 2 * like
+            start = cleared(0)  # (2) and (3)
+            q[own, start + places], k[before, start + places] = 3 * like, 3 * like
+            carry(start, own, own, 0.45)
+            start = cleared(1)  # (5)
+            back(start, near, 1, 1.5)
+            carry(start, behind_colon, output, 0.16)
         if number == 2:
-            start = take(1, own, 0.45)  # (5)
-            q[lately, start + places], k[lately, start + places] = 2 * like, 2 * like
-            q[0, start + gate], k[before, start + gate] = 2, 2 * embedding[mark, own]
+            start = cleared(1)  # (6); two behind a colon is also what stands behind the bracket, where an input begins
+            q[lately, start + places], k[lately, start + places] = 3 * like, 3 * like
+            q[one, start + gate], k[output, start + gate], k[behind_bracket, start + gate] = 4, 4, -4
+            carry(start, own, own, 0.45)
         for name, values in parts.items():
             getattr(each, name).kernel[...] = jnp.asarray(values, jnp.float32)
     return model
@@ -311,9 +338,8 @@ def main() -> int:
     texts = sentences(5000)
     words = made_words(CONFIG["vocab_size"], texts)
     untrained = Language(fresh(arguments.seed), read_words(words, WORDS))
-    mark = untrained.encode(prompts.OUTPUT)[-1]
-    at_first = Language(begun(arguments.seed, mark), untrained.processor)
-    model = trained(begun(arguments.seed, mark), Lessons(untrained, texts, arguments.seed), arguments.steps)
+    at_first = Language(begun(arguments.seed, untrained), untrained.processor)
+    model = trained(begun(arguments.seed, untrained), Lessons(untrained, texts, arguments.seed), arguments.steps)
     save_module(model, arguments.out, CONFIG)
     (arguments.out / WORDS).write_bytes(words)
     of = {"trained": Language(model, untrained.processor), "as it began": at_first, "untrained": untrained}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mmdiff.in_context.language import WORDS, load_language
+from mmdiff.in_context.language import WORDS, Language, load_language, read_words
 from mmdiff.pretrained.load import save_module
 from mmdiff.tokenizers.model import Tokenizer as Trained
 from mmdiff.tokenizers.network import TokenizerNetwork
@@ -33,9 +33,13 @@ def repeated(model) -> float:
     return float((found[:, 30:-1] == ids[:, 31:]).mean())
 
 
-def test_heads_set_by_hand_copy(copying):
-    assert repeated(copying["begun"](0, 5)) > 0.5
-    assert repeated(copying["fresh"](0)) < 0.1
+def test_heads_set_by_hand_copy_and_answer_as_examples_like_the_question_do(copying):
+    fresh = copying["fresh"](0)
+    which = Language(fresh, read_words(copying["made_words"](512, copying["sentences"](500)), "here"))
+    begun = copying["begun"](0, which)
+    assert repeated(begun) > 0.5 and repeated(fresh) < 0.1
+    named = lambda model: copying["named"](Language(model, which.processor), 128, 2)
+    assert named(begun) > 0.7 and named(fresh) < 0.6
 
 
 def test_lessons_teach_what_can_be_known(copying):
@@ -58,9 +62,19 @@ def test_one_command_trains_it_and_it_is_loaded_like_the_real_one(copying, tmp_p
     assert copying["main"]() == 0
     loaded, told = load_language(tmp_path), capsys.readouterr().out
     assert all(f"{name}: 0." in told or f"{name}: 1." in told for name in ("trained", "as it began", "untrained"))
-    began = nnx.to_pure_dict(nnx.state(copying["begun"](0, loaded.encode(copying["prompts"].OUTPUT)[-1]), nnx.Param))
+    began = nnx.to_pure_dict(nnx.state(copying["begun"](0, loaded), nnx.Param))
     moved = jax.tree.map(lambda a, b: a.shape == b.shape and bool((a != b).any()), began, loaded.params)
     assert jax.tree.all(moved)
+
+
+def test_shared_tokens_name_what_is_like_the_question(copying):
+    most_shared = runpy.run_path(str(FOLDER / "frozen_lm" / "tasks.py"))["most_shared"]
+    examples = [(["a red", " circle"], "dog"), (["a blue", " circle"], "cat"), (["a red", " cross"], "dog")]
+    rng = np.random.default_rng(0)
+    assert most_shared(language(), ["cat", "dog"], examples, [" red"], rng) == "dog"
+    alike = [(["a red"], "dog"), (["a red"], "cat")]
+    drawn = {most_shared(language(), ["cat", "dog"], alike, ["a red"], rng) for _ in range(20)}
+    assert drawn == {"cat", "dog"}  # neither more than the other
 
 
 def test_tasks_are_measured_once_and_told_in_tables(tmp_path, monkeypatch, capsys):
@@ -79,6 +93,7 @@ def test_tasks_are_measured_once_and_told_in_tables(tmp_path, monkeypatch, capsy
         "inpainting / faithful",
         "inpainting / no leak / vote",
         "colour, 2 ways, 1 shots, own names / trained",
+        "colour, 2 ways, 1 shots, own names / shared",
         "questions / shuffled",
     ]
     monkeypatch.setattr(sys, "argv", ["tasks.py", *map(str, arguments), "--only", *only])
@@ -86,7 +101,7 @@ def test_tasks_are_measured_once_and_told_in_tables(tmp_path, monkeypatch, capsy
     told = capsys.readouterr()
     assert told.err.count("inpainting / faithful / vote:") == 1  # the second time it was there
     rows = {row["name"]: row for row in map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())}
-    assert len(rows) == 6
+    assert len(rows) == 7
     vote, leak = (rows[f"inpainting / {protocol} / vote"]["accuracy"] for protocol in ("faithful", "no leak"))
     assert vote > 0.95 and leak < vote
     assert rows["inpainting / faithful / trained"]["accuracy"] < 0.5  # a random model copies nothing
