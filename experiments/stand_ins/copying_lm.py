@@ -63,7 +63,7 @@ CONFIG = {
     "rope_theta": 1e6,
     "tie_word_embeddings": True,
 }
-STEPS, TOKENS, LEARNING_RATE = 1000, 2048, 2e-3
+STEPS, TOKENS, LEARNING_RATE = 1000, 2048, 1e-3
 COUNT = 2  # tokens of an output, as in restoration
 KINDS = {"captions": 0.1, "repeats": 0.1, "restoration": 0.25, "mapping": 0.2, "classes": 0.35}
 PHASES = ((0.6, 128), (1.0, 256))  # up to this share of the steps: length of a row
