@@ -19,7 +19,7 @@ repeats what it reads is right, a network that has learnt nothing included, if i
 without any model, the class whose examples share most tokens with the question (of several, one at random). Intervals hold 95%
 of bootstrap samples. Captions and questions: four examples, and what copying the caption, or the most frequent answer, of
 the examples would give. Masked restoration: LoRA additions learn to write 30% of an image's tokens; beside them the most
-frequent token of each place.
+frequent token of each place, and the token shown before.
 
 All of it also with a model of the same sizes whose parameters have been shuffled, each matrix within itself: it has learnt
 nothing, and is what every figure must be compared with.
@@ -231,7 +231,7 @@ def questions(setting: Setting, name: str) -> dict[str, Any]:
 
 
 def masked(setting: Setting, name: str) -> dict[str, Any]:
-    """By the language model as it is, with LoRA, and by the most frequent token of each place."""
+    """By the language model as it is and with LoRA, by the most frequent token of each place, by the last token shown."""
     local = lambda documents: setting.codes(documents)[:, setting.tokenizer.network.global_tokens :]
     seen, unseen = local(scenes(4 * POOL, "train", setting.seed)), local(scenes(setting.images, "test", setting.seed))
     language = setting.languages[name]
@@ -242,11 +242,13 @@ def masked(setting: Setting, name: str) -> dict[str, Any]:
     additions = lora.trained(language, seen, steps=setting.lora_steps, key=jax.random.key(setting.seed), progress=told)
     taught = language.replaced(lora.added(language.params, additions))
     frequent = np.array([np.bincount(place).argmax() for place in seen.T])
+    last_shown = np.maximum.accumulate(np.where(holes, 0, np.arange(unseen.shape[1])), axis=1)
     share = lambda found: float((found == unseen)[holes].mean())
     return {
         "accuracy": share(lora.filled(taught, unseen, holes)),
         "frozen": share(lora.filled(language, unseen, holes)),
         "frequent": share(np.broadcast_to(frequent, unseen.shape)),
+        "repeated": share(np.take_along_axis(np.where(holes, -1, unseen), last_shown, axis=1)),
         "tokens": int(holes.sum()),
     }
 
@@ -292,7 +294,10 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     for what, key, beside in (("captions", "copied", ""), ("questions", "vote", ""), ("masked", "frequent", "frozen")):
         names = [f"{what} / {who}" for who in (TRAINED, CONTROL)]
         cells = [number(name) + (f", {number(name, beside)} {beside}" if beside and name in found else "") for name in names]
-        lines.append(f"| {what} | {' | '.join(cells)} | {number(f'{what} / {TRAINED}', key)} |")
+        alone = number(f"{what} / {TRAINED}", key)
+        if what == "masked":
+            alone += f", {number(f'{what} / {TRAINED}', 'repeated')} repeated"
+        lines.append(f"| {what} | {' | '.join(cells)} | {alone} |")
     return "\n".join(lines)
 
 
