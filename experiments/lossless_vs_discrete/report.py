@@ -41,7 +41,7 @@ BETTER = {  # measures of E5: what they are about, and the sign of what is good
     "frechet_random": ("Frechet distance of drawings", -1),
     "text_bits_per_byte": ("bits per byte of text", -1),
 }
-WHEN = {0.25: "at a quarter of the steps", 1.0: "at the end"}
+WHEN = {1.0: "at the end", 0.25: "at a quarter of the steps"}
 RAW_ARM = "raw"
 FILES = ("systems.py", "lavit_arms.py", "orders.py")  # of the arms of E5 and E6
 ARMS = """Bits of an image: nominal, and by the entropy of single codes (E1, on the images of E5). Digits of the largest size,
@@ -49,6 +49,13 @@ counts and clocks that a reader of its own reads after the same tokenizer for 64
 seeds). What the arm does when it has been trained (E5, 95%)."""
 PROBES = ("ocr 5", "count", "clock")  # of E4, in the table of arms
 FURTHER = ("selector/results.jsonl", "frozen_lm/results.jsonl")  # what is not among the panels of plots.py
+VERDICTS = {"loses": "lost", "wins": "won", "open": "open"}
+SIGNS = {"loses": "▼ ", "wins": "▲ ", "open": ""}  # not by colour alone
+LEGEND = "▼ lost, ▲ won against raw patches; below each value the 95% of its gain over theirs, of which more is better."
+OWN_STYLE = """
+td small { color: var(--faint); font-weight: 400 } td.loses { box-shadow: inset 4px 0 var(--c1); background: var(--panel) }
+td.wins { box-shadow: inset 4px 0 var(--c2); background: var(--panel); font-weight: 600 }
+"""
 SEEDS = 3  # fewer say little about how far seeds lie apart
 
 
@@ -102,19 +109,19 @@ def of_readers(found: list[dict]) -> Iterator[Comparison]:
             if kind in row["right"]:
                 share = row["right"][kind]
                 sides.setdefault(row["front_end"], []).append((share, math.sqrt(share * (1 - share) / row["count"])))
-        yield from compared("E4", f"reading: {kind}", sides, readers.RAW, 1)
+        yield from compared("E4, what readers of its own read right", kind, sides, readers.RAW, 1)
 
 
 def of_joint(found: list[dict]) -> Iterator[Comparison]:
     """E5: arms at equal positions."""
-    for metric, (told, sign) in BETTER.items():
-        for share, when in WHEN.items():
+    for share, when in WHEN.items():
+        for metric, (told, sign) in BETTER.items():
             sides: dict[str, list[tuple[float, float]]] = {}
             for row in found:
                 if row["share"] == share and metric in row["metrics"]:
                     of = row["metrics"]
                     sides.setdefault(row["arm"], []).append((of[metric], of.get(f"{metric}_stderr", 0.0)))
-            yield from compared("E5", f"{told}, {when}", sides, RAW_ARM, sign)
+            yield from compared(f"E5 and E6, {when}", told, sides, RAW_ARM, sign)
 
 
 def arms(runs: list[dict], rates: dict | None, right: list[dict] | None) -> str:
@@ -145,39 +152,53 @@ def arms(runs: list[dict], rates: dict | None, right: list[dict] | None) -> str:
 
 
 def answers(comparisons: Sequence[Comparison]) -> str:
-    """HTML: what is lost, what is won, what is open."""
+    """HTML: how much is lost, won and open, then of each experiment a row for what stands in for raw patches."""
+    tables, told = [], []
+    for experiment in dict.fromkeys(c.experiment for c in comparisons):
+        of = [c for c in comparisons if c.experiment == experiment]
+        counts = {verdict: sum(c.verdict == verdict for c in of) for verdict in ("loses", "wins", "open")}
+        told.append(f"{experiment}: of {len(of)} comparisons {', '.join(f'{n} {VERDICTS[v]}' for v, n in counts.items())}.")
+        measures = list(dict.fromkeys(c.measure for c in of))
+        raw = {c.measure: f"{c.raw:.3f}" for c in of}
+        rows = [cells([readers.RAW, *(raw[measure] for measure in measures)], ["", *measures])]
+        for what in dict.fromkeys(c.what for c in of):
+            found = {c.measure: c for c in of if c.what == what}
+            rows.append(cells([what, *(found.get(measure, "") for measure in measures)], ["", *measures]))
+        tables.append(f"<h2>{html.escape(experiment)}</h2>{as_html(['', *measures], rows)}")
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in told)
+    return f'<ul class="findings">{items}</ul><p class="faint">{LEGEND}</p>' + "\n".join(tables)
+
+
+def cells(row: Sequence[str | Comparison], head: Sequence[str]) -> str:
+    """A row of a table: of a comparison its value, whether that is lost or won, and the interval of the gain."""
     parts = []
-    for verdict, title in (
-        ("loses", "Lost behind what stands in for raw patches"),
-        ("wins", "Better than with raw patches"),
-        ("open", "Not decided"),
-    ):
-        of = [c for c in comparisons if c.verdict == verdict]
-        parts.append(f"<h2>{title}: {len(of)} of {len(comparisons)} comparisons</h2>")
-        rows = [
-            [c.experiment, c.measure, c.what, f"{c.raw:.3f}", f"{c.value:.3f}", f"{c.low:+.3f} to {c.high:+.3f}", str(c.seeds)]
-            for c in sorted(of, key=lambda c: (c.experiment, -abs(c.low + c.high)))
-        ]
-        if rows:
-            parts.append(as_html(["", "measure", "with", "raw patches", "with it", "gain, 95%", "seeds"], rows))
-    return "\n".join(parts)
+    for cell, name in zip(row, head, strict=True):
+        kind, text = "", html.escape(cell) if isinstance(cell, str) else ""
+        if isinstance(cell, Comparison):
+            kind = f' class="{cell.verdict}"'
+            text = f"{SIGNS[cell.verdict]}{cell.value:.3f}<br><small>{cell.low:+.3f} to {cell.high:+.3f}</small>"
+        parts.append(f'<td{kind} data-name="{html.escape(name)}">{text}</td>')
+    return "".join(parts)
 
 
-def as_html(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = lambda row, tag: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{cells(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
+def as_html(head: Sequence[str], rows: Sequence[str]) -> str:
+    """A table with rows of `cells`."""
+    top = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def from_markdown(text: str) -> str:
-    """HTML of tables of `| a | b |` lines and of paragraphs, each line of which is one."""
+    """HTML of tables of `| a | b |` lines, of headings in `**` and of paragraphs, each line of which is one."""
     parts = []
     for part in text.split("\n\n"):
         if part.startswith("|"):
-            head, _, *rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in part.splitlines()]
-            parts.append(as_html(head, rows))
+            head, _, *rows = [[cell.strip() for cell in line.strip().split("|")[1:-1]] for line in part.splitlines()]
+            parts.append(as_html(head, [cells(row, head) for row in rows]))
         else:
-            parts += [f"<p>{html.escape(line.strip('*'))}</p>" for line in part.splitlines()]
+            heading = part.startswith("**") and part.endswith("**")
+            tag = "h3" if heading else "p"
+            parts += [f"<{tag}>{html.escape(line.strip('*'))}</{tag}>" for line in part.splitlines()]
     return "\n".join(parts)
 
 
@@ -228,7 +249,7 @@ def page(results: Path) -> str:
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Lossless against discrete</title>'
-            f"<style>{STYLE}</style></head><body><h1>Where do discrete tokenizers lose what raw patches keep?</h1>",
+            f"<style>{STYLE}{OWN_STYLE}</style></head><body><h1>Where do discrete tokenizers lose what raw patches keep?</h1>",
             f'<p class="faint">{html.escape(how)}</p>',
             answers(comparisons),
             f'<p class="notice">Not run, and so not here: {html.escape(", ".join(missing))}.</p>' if missing else "",

@@ -124,10 +124,10 @@ def test_the_report_says_what_is_lost_won_and_open(ran, tmp_path):
     found = [*report["of_readers"](right), *report["of_joint"](runs)]
     verdicts = {(c.experiment, c.measure, c.what): c.verdict for c in found}
     assert verdicts == {
-        ("E4", "reading: odd", "vq"): "loses",
-        ("E4", "reading: same", "vq"): "open",
-        ("E5", "attributes drawn as asked, at the end", "vq_ar"): "wins",
-        ("E5", "attributes drawn as asked, at the end", "masked"): "open",
+        ("E4, what readers of its own read right", "odd", "vq"): "loses",
+        ("E4, what readers of its own read right", "same", "vq"): "open",
+        ("E5 and E6, at the end", "attributes drawn as asked", "vq_ar"): "wins",
+        ("E5 and E6, at the end", "attributes drawn as asked", "masked"): "open",
     }
     few = [row for row in runs if row["seed"] < 2]  # too few to say how far seeds lie apart
     assert {c.verdict for c in report["of_joint"](few)} == {"open"}
@@ -145,4 +145,7 @@ def test_the_report_says_what_is_lost_won_and_open(ran, tmp_path):
         (tmp_path / name / "results.jsonl").write_text("\n".join(map(json.dumps, records)))
     page = report["page"](tmp_path)
     assert "<p>DOES NOT HOLD: not so before training</p>" in page and "0.330, 0.330" in page
-    assert "1 of 4 comparisons" in page and "cliff/results.jsonl" in page and page.count("<table>") == 10
+    assert "of 2 comparisons 0 lost, 1 won, 1 open" in page and "cliff/results.jsonl" in page
+    assert page.count("▲ 0.900<br>") == 1 and page.count("▼ 0.300<br>") == 1
+    table = report["from_markdown"]("**words**\n\n| | bits | PSNR |\n| --- | --- | --- |\n| png | | inf |")
+    assert table.startswith("<h3>words</h3>") and '<td data-name="bits"></td><td data-name="PSNR">inf</td>' in table
