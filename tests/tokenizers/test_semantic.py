@@ -12,7 +12,7 @@ import pytest
 import mmdiff
 from mmdiff.adapters.folders import front_end_parameters
 from mmdiff.cli.main import main
-from mmdiff.config import Config, ConfigError, Data, FrontEnd, Layout, Model, Optimizer, Training
+from mmdiff.config import Config, ConfigError, Data, FrontEnd, Layout, Model, Optimizer, Sampling, Training
 from mmdiff.config_files import replaced
 from mmdiff.data.batches import Batches, Choice
 from mmdiff.document import IMG, DataError, Document, Image
@@ -270,6 +270,20 @@ def test_documents_of_different_lengths_are_drawn_together_as_alone(trained):
     assert (together[0].images[0].pixels != alone.images[0].pixels).any()
     with pytest.raises(ConfigError, match="knows images of 32x32 alone"):
         trained.generate(prompts, image_size=(64, 64))
+
+
+def test_codes_of_many_lengths_are_masked_and_drawn_many_at_a_time(run, tmp_path):
+    layout = Layout(row_length=192, images="masked_code", max_grid=COUNT)
+    cfg = system(run[0], layout)
+    assert train(dataclasses.replace(cfg, sampling=Sampling(steps=3)), tmp_path)["code_bits"] > 0
+    model = mmdiff.load(tmp_path)
+    images = [Image(image) for image in pixels(3)]
+    lengths = {len(ids) for ids in model.tokenizer.encode([image.pixels for image in images])}
+    assert len(lengths) > 1
+    drawn = model.generate([Document(text, IMG) for text in ("a", "bb", "a circle")], max_tokens=0, seed=[1, 2, 3])
+    assert [document.images[0].pixels.shape for document in drawn] == [(32, 32, 3)] * 3
+    (alone,) = model.generate([Document("bb", IMG)], max_tokens=0, seed=[2])
+    np.testing.assert_array_equal(drawn[1].images[0].pixels, alone.images[0].pixels)
 
 
 def test_what_does_not_fit_is_refused_in_one_line(run, folder, tmp_path):
