@@ -41,7 +41,8 @@ setup(
         "cuda": ["jax[cuda12]>=0.10"],
         "plan": ["jax[tpu]>=0.10"],  # libtpu, whose compiler needs no TPU, of the version that fits jaxlib
         "tpu": ["jax[tpu]>=0.10"],
-        "parity": ["torch>=2.5", "transformers>=5.0", "diffusers>=0.40", "pytest>=8.0"],  # in an environment of its own
+        # in an environment of its own
+        "parity": ["torch>=2.5", "transformers>=5.0", "diffusers>=0.40", "pytest>=8.0", "pytest-timeout>=2.3"],
         "tensorboard": ["tensorboardX>=2.6"],
         "dev": [
             "jax[tpu]>=0.10",  # ahead-of-time compilation for TPUs is tested
