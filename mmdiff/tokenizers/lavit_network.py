@@ -51,9 +51,8 @@ class Parts(nnx.Module):
         self.merger = Merger(width, settings.depth, tower.heads, rngs, causal=settings.causal)
         self.narrow = Narrow(width, code_width, rngs)
         self.decoder = Decoder(tower.count, width, code_width, settings.depth, tower.heads, rngs)
-        self.pixels = PixelDecoder(
-            network.cfg, network.diffusion, network.sampling, network.grid, (tower.count, width), rngs, network.place
-        )
+        shape = network.cfg, network.diffusion, network.sampling, network.grid, (tower.count, width)
+        self.pixels = PixelDecoder(*shape, rngs, network.place, square=True)
 
 
 @dataclasses.dataclass(frozen=True)

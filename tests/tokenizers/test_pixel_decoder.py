@@ -76,6 +76,26 @@ def test_the_loss_is_the_v_loss_of_the_prediction(learnt):
     assert u[0] > u[1]  # one from each half of the distribution
 
 
+def test_vectors_of_places_go_to_the_patches_there():
+    """Without attention, which is cut, a patch knows of no vector but its own; of vectors without places it knows all."""
+
+    def reached(square: bool, grid: tuple[int, int], count: int) -> np.ndarray:
+        """bool [patches, vectors]: which vector a patch's prediction depends on."""
+        model = PixelDecoder(CFG, Diffusion(), Sampling(), grid, (count, 3), nnx.Rngs(0), Placement(None), square=square)
+        model.blocks = lambda x: x
+        model.patch_out.kernel[...] = jax.random.normal(jax.random.key(1), model.patch_out.kernel.shape)
+        size = 4 * grid[0], 4 * grid[1]
+        made = lambda c: model(jnp.zeros((1, *size, 3)), jnp.full(1, 0.5), c[None])[0]
+        slopes = jax.jacobian(made)(jax.random.normal(jax.random.key(2), (count, 3)))  # [h, w, 3, vectors, 3]
+        cut = slopes.reshape(grid[0], 4, grid[1], 4, 3, count, 3)
+        return np.asarray(jnp.abs(cut).max((1, 3, 4, 6)) > 1e-6).reshape(-1, count)
+
+    np.testing.assert_array_equal(reached(True, (2, 2), 4), np.eye(4, dtype=bool))
+    doubled = reached(True, (4, 4), 4)  # a coarser square: each patch has the nearest places'
+    assert doubled[[0, 3, 12, 15]].tolist() == np.eye(4, dtype=bool).tolist() and doubled.any(0).all()
+    assert reached(False, (2, 2), 4).all() and reached(False, (2, 2), 1).all()
+
+
 def test_a_solver_with_noise_of_its_own_gives_equal_images_too(learnt):
     model, _ = learnt
     model.sampling = Sampling(steps=3, solver="dpmpp_2m_sde")
