@@ -25,6 +25,8 @@ import optax
 from flax import nnx
 
 from mmdiff.data.shapes import Shapes
+from mmdiff.layout import patch_cells
+from mmdiff.models.patches import sincos
 from mmdiff.pretrained.clip import CLIP
 from mmdiff.pretrained.encoder import normalised
 from mmdiff.pretrained.load import save_module
@@ -80,7 +82,10 @@ def loss_of(model: CLIP, images: jax.Array, texts: jax.Array) -> jax.Array:
 
 
 def trained(images: np.ndarray, texts: np.ndarray, steps: int, seed: int, cfg: dict[str, Any] | None = None) -> CLIP:
-    model = fresh(cfg or settings(), nnx.Rngs(seed))
+    cfg = cfg or settings()
+    model, side = fresh(cfg, nnx.Rngs(seed)), cfg["vision_config"]["image_size"] // cfg["vision_config"]["patch_size"]
+    waves = sincos(jnp.asarray(patch_cells(side, side)[:, :2]), cfg["vision_config"]["hidden_size"])
+    model.vision.place[...] = model.vision.place[...].at[1:].add(waves)  # else features hardly say where they stand
     graph, params = nnx.split(model)
     tx = optax.adamw(optax.cosine_onecycle_schedule(steps, LEARNING_RATE), weight_decay=0.05)
 
