@@ -242,15 +242,20 @@ def masked(setting: Setting, name: str) -> dict[str, Any]:
     additions = lora.trained(language, seen, steps=setting.lora_steps, key=jax.random.key(setting.seed), progress=told)
     taught = language.replaced(lora.added(language.params, additions))
     frequent = np.array([np.bincount(place).argmax() for place in seen.T])
-    last_shown = np.maximum.accumulate(np.where(holes, 0, np.arange(unseen.shape[1])), axis=1)
     share = lambda found: float((found == unseen)[holes].mean())
     return {
         "accuracy": share(lora.filled(taught, unseen, holes)),
         "frozen": share(lora.filled(language, unseen, holes)),
         "frequent": share(np.broadcast_to(frequent, unseen.shape)),
-        "repeated": share(np.take_along_axis(np.where(holes, -1, unseen), last_shown, axis=1)),
+        "repeated": share(repeated(unseen, holes)),
         "tokens": int(holes.sum()),
     }
+
+
+def repeated(tokens: np.ndarray, holes: np.ndarray) -> np.ndarray:
+    """Tokens [n, l], in holes the last one before that is none; -1 where there is none before."""
+    last = np.maximum.accumulate(np.where(holes, 0, np.arange(tokens.shape[1])), axis=1)
+    return np.take_along_axis(np.where(holes, -1, tokens), last, axis=1)
 
 
 def kind(attribute: str, ways: int, shots: int, naming: str) -> str:

@@ -77,6 +77,12 @@ def test_shared_tokens_name_what_is_like_the_question(copying):
     assert drawn == {"cat", "dog"}  # neither more than the other
 
 
+def test_holes_are_filled_with_the_last_token_shown():
+    repeated = runpy.run_path(str(FOLDER / "frozen_lm" / "tasks.py"))["repeated"]
+    tokens, holes = np.array([[5, 6, 7, 8], [5, 6, 7, 8]]), np.array([[0, 1, 1, 0], [1, 1, 0, 1]], bool)
+    np.testing.assert_array_equal(repeated(tokens, holes), [[5, 5, 5, 8], [-1, -1, 7, 7]])
+
+
 def test_tasks_are_measured_once_and_told_in_tables(tmp_path, monkeypatch, capsys):
     cfg = experiment(tmp_path)
     params = jax.jit(TokenizerNetwork.of(cfg).init)(jax.random.key(0))
