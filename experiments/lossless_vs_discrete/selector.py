@@ -115,6 +115,8 @@ def settings(arguments: argparse.Namespace, seed: int) -> config.Config:
         "training.seed": seed,
         "training.sample_every": 0,
         "training.validation_rows": 64,
+        "tokenizer.decay": 0.99,  # the usual codebook, for a long run
+        "tokenizer.restart": 0.1,
         "tokenizer.encoder": str(arguments.encoder or encoder(arguments.workdir / "encoder")),
     }
     return replaced(load_experiment(f"{HERE / 'semantic.py'}:lavit"), changes)

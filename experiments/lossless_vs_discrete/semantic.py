@@ -20,7 +20,8 @@ from mmdiff.data.probes import QUESTIONS
 
 ENCODER = "runs/stand_ins/two_tower_32"
 PAIRS = "runs/tokenizers/seed_pairs"
-CODES, CODE_WIDTH, QUERIES = 512, 16, 8
+CODE_WIDTH, QUERIES = 16, 8
+CODEBOOK = {"quantizer": "vq", "codes": 512, "decay": 0.95, "restart": 0.3}  # quick to follow: usually 30 live for 200 steps
 ONE_CAPTION = (("draw", 1.0),)
 
 
@@ -29,11 +30,11 @@ def config(name: str = "lavit", **changes) -> Config:
     return Config(
         name=f"tokenizer_{name}",
         model=Model(network="lavit", width=128, depth=4, patch=4, head_width=32),
-        tokenizer=Tokenizer(quantizer="vq", codes=CODES, code_width=CODE_WIDTH, encoder=ENCODER, depth=2, **changes),
+        tokenizer=Tokenizer(code_width=CODE_WIDTH, encoder=ENCODER, depth=2, **CODEBOOK, **changes),
         layout=Layout(markers=False, row_length=64),
         data=Data(source="shapes", generator=ONE_CAPTION, max_objects=2, vocabulary="bytes"),
         optimizer=Optimizer(learning_rate=1e-3, warmup=100),
-        training=Training(steps=1000, batch_size=16, ema=0.99, validation_rows=256),
+        training=Training(steps=2000, batch_size=16, ema=0.99, validation_rows=256),
     )
 
 
@@ -51,18 +52,17 @@ def lavit_bidirectional() -> Config:
 def seed() -> Config:
     """SEED: 8 codes for an image, of the Q-Former that `seed_pairs` has trained."""
     settings = Tokenizer(
-        quantizer="vq",
-        codes=CODES,
         code_width=CODE_WIDTH,
         normalise=False,
         commitment=1.0,
         encoder=ENCODER,
         depth=2,
         latents=QUERIES,
+        **CODEBOOK,
     )
     cfg = config()
     model = dataclasses.replace(cfg.model, network="seed")
-    training = dataclasses.replace(cfg.training, init=PAIRS)
+    training = dataclasses.replace(cfg.training, steps=3000, init=PAIRS)
     return dataclasses.replace(cfg, name="tokenizer_seed", model=model, tokenizer=settings, training=training)
 
 

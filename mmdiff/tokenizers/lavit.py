@@ -14,16 +14,21 @@ Selector, policies, causal order, decoding by rank and the loss are those of Jin
 Ours, since no training code of theirs is published: the decoder, too, reads its codes under the policy, so that the selector
 also learns what is worth saying; the selector learns nothing from Cross, where keeping a patch takes it from what the others
 read, and a gradient, which sees one thing at a time, does not see that its own code says it then; the codebook's own loss is
-that of mmdiff/tokenizers/quantizers/vq.py.
+that of mmdiff/tokenizers/quantizers/vq.py; queries and places begin as waves of row and column, for decoders that learn in a
+thousand steps where they stand.
 
 Letters: b images, n patches, d width, h heads, m kept patches at most.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from mmdiff.layout import patch_cells
+from mmdiff.models.patches import sincos
 
 EPSILON = 1e-6
 RATIO_WEIGHT = 2.0
@@ -150,10 +155,11 @@ class Merger(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Codes at the kept positions to a feature for every patch."""
+    """Codes at the kept positions to a feature for every patch of a square of `count`."""
 
     def __init__(self, count: int, width: int, code_width: int, depth: int, heads: int, rngs: nnx.Rngs):
-        table = lambda: nnx.Param(jax.random.normal(rngs.params(), (count, width)) * 0.02)
+        side = math.isqrt(count)
+        table = lambda: nnx.Param(sincos(jnp.asarray(patch_cells(side, side)[:, :2]), width))
         self.enter, self.place, self.queries = nnx.Linear(code_width, width, rngs=rngs), table(), table()
         self.layers = nnx.List([Layer(width, heads, rngs) for _ in range(depth)])
         self.norm = nnx.LayerNorm(width, rngs=rngs)
