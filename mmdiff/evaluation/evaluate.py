@@ -7,7 +7,7 @@
     shapes      caption_accuracy, image_accuracy, question_accuracy, edit_accuracy, interleaved_validity
     words       read_accuracy, write_accuracy
     probes      probe_accuracy
-    tokenizers  psnr, ssim, code_use; and what compares sets of images, of what they give back
+    tokenizers  psnr, ssim, code_use; of what they give back image_accuracy, write_accuracy, and what compares sets
 
 A metric may report several numbers; means of scores come with their standard error, `<name>_stderr`.
 """
@@ -139,7 +139,7 @@ def _generated(generator: str, kind: str) -> Callable[[Task], bool]:
     def applies(task: Task) -> bool:
         data = task.model.cfg.data
         drawn = kind in ("draw", "edit", "story")
-        fit = _draws(task) if drawn else not task.reconstructs
+        fit = kind == "draw" if task.reconstructs else not drawn or _draws(task)
         return fit and data.source == generator and dict(data.generator or default).get(kind, 0) > 0
 
     return applies
@@ -199,12 +199,12 @@ def _set_metric(measure: Callable[[Task], dict[str, float]], about: str) -> Metr
 
 METRICS = {
     "caption_accuracy": Metric(shapes.caption_accuracy, "captions of shapes", _generated("shapes", "caption")),
-    "image_accuracy": Metric(shapes.image_accuracy, "shapes drawn from captions", _generated("shapes", "draw")),
+    "image_accuracy": Metric(shapes.image_accuracy, "shapes drawn from captions, or given back", _generated("shapes", "draw")),
     "question_accuracy": Metric(shapes.question_accuracy, "questions about shapes", _generated("shapes", "question")),
     "edit_accuracy": Metric(shapes.edit_accuracy, "edits of shapes", _generated("shapes", "edit")),
     "interleaved_validity": Metric(shapes.interleaved_validity, "stories about shapes", _generated("shapes", "story")),
     "read_accuracy": Metric(words.read_accuracy, "reading words", _generated("words", "read")),
-    "write_accuracy": Metric(words.write_accuracy, "writing words", _generated("words", "draw")),
+    "write_accuracy": Metric(words.write_accuracy, "words written, or given back", _generated("words", "draw")),
     "probe_accuracy": Metric(probes.probe_accuracy, "questions about fine detail", lambda task: bool(probes.asked(task))),
     "text_bits_per_byte": Metric(text_bits_per_byte, "texts", _has_text),
     "x_error": Metric(

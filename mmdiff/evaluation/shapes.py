@@ -23,7 +23,8 @@ def caption_accuracy(task: Task) -> dict[str, float]:
 
 
 def image_accuracy(task: Task) -> dict[str, float]:
-    """`image_accuracy`: attribute accuracy of images drawn from captions; `image_exact`: share that show the scene."""
+    """`image_accuracy`: attribute accuracy of images drawn from captions, or given back by a tokenizer; `image_exact`: share
+    that show the scene."""
     documents = held_out(task, "draw")
     drawn = task.draw([Drawing(Document(d.texts[0], IMG), d.images[0]) for d in documents])
     return _scored("image", drawn, [d.extra["scene"] for d in documents])

@@ -80,9 +80,7 @@ class Task:
 
     @functools.cached_property
     def generated(self) -> list[np.ndarray]:
-        """What the model draws for `wanted`, or a tokenizer gives back of their images: uint8 [h, w, 3] each."""
-        if self.reconstructs:
-            return list(self.model.reconstruct([drawing.image.pixels for drawing in self.wanted]))
+        """What is drawn for `wanted`."""
         return self.draw(self.wanted)
 
     @property
@@ -114,6 +112,9 @@ class Task:
         return validate(model.network, model.cfg, model.params, batches, rows)
 
     def draw(self, wanted: Sequence[Drawing]) -> list[np.ndarray]:
+        """What the model draws after the prompts, or a tokenizer gives back of the real images: uint8 [h, w, 3] each."""
+        if self.reconstructs:
+            return list(self.model.reconstruct([drawing.image.pixels for drawing in wanted]))
         return prompts.draw(self.model, wanted, **self.drawing | {"seed": self.seed})
 
     def describe(self, asked: Sequence[Document]) -> list[str]:

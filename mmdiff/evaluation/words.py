@@ -18,7 +18,8 @@ def read_accuracy(task: Task) -> dict[str, float]:
 
 
 def write_accuracy(task: Task) -> dict[str, float]:
-    """`write_accuracy`, `write_exact`, `write_characters`: the same of pictures drawn from descriptions, read back."""
+    """`write_accuracy`, `write_exact`, `write_characters`: the same of pictures drawn from descriptions, or given back by a
+    tokenizer, read back."""
     documents = _held_out(task, "draw")
     drawn = task.draw([Drawing(Document(d.texts[0], IMG), d.images[0]) for d in documents])
     return _scored("write", [read_words(pixels) for pixels in drawn], documents)

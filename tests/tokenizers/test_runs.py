@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 import mmdiff
 from mmdiff.cli.main import main
 from mmdiff.config import Config, ConfigError, Data, Layout, Model, Optimizer, Tokenizer, Training
+from mmdiff.config_files import replaced
 from mmdiff.document import DataError
+from mmdiff.evaluation.evaluate import evaluate
 from mmdiff.evaluation.reconstruction import peak_ratio, similarity
 from mmdiff.models.network import Network
 from mmdiff.training.checkpoint import restore_params
@@ -65,13 +68,22 @@ def test_it_is_measured_by_the_evaluate_command(run, capsys):
     folder, _ = run
     assert main(["evaluate", str(folder), "--features", "random", "--count", "8", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    expected = {"psnr", "ssim", "bits_nominal", "codes_used", "code_bits", "bits_per_image", "frechet_random"}
-    assert expected <= set(found) and not {"x_error", "image_accuracy"} & set(found)
+    expected = {"psnr", "ssim", "bits_nominal", "codes_used", "code_bits", "bits_per_image", "image_accuracy", "frechet_random"}
+    assert expected <= set(found) and not {"x_error", "caption_accuracy", "edit_accuracy", "write_accuracy"} & set(found)
     assert found["bits_nominal"] == 16 * 4 and found["protocol"]["quantizer"] == "vq"
     assert main(["evaluate", str(folder), "--metrics", "x_error"]) == 65
     assert "cannot be measured" in capsys.readouterr().err
     assert main(["evaluate", str(folder), "--steps", "4"]) == 2
     assert "draws nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("source", "name"), [("shapes", "image"), ("words", "write")])
+def test_what_comes_back_is_read_as_drawings_are(source, name):
+    """Of copies all is right, of another image's little."""
+    changed = replaced(CFG, {"data.source": source, "layout.row_length": 32})
+    exact = lambda given: evaluate(SimpleNamespace(cfg=changed, reconstruct=given), [f"{name}_accuracy"], count=12)
+    assert exact(np.stack)[f"{name}_exact"] == 1
+    assert exact(lambda images: np.roll(np.stack(images), 1, axis=0))[f"{name}_exact"] < 0.5
 
 
 def test_a_tokenizer_is_no_model_and_a_model_no_tokenizer(run, tmp_path):
