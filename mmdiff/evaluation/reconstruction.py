@@ -2,7 +2,7 @@
 
     psnr          10 log10(255^2 / mean squared error), dB, of each image; an exact copy counts as 68 dB, an error of 0.1 levels
     ssim          structural similarity in Gaussian windows of 11 pixels (as wide as smaller images), mean over channels
-    code_use      bits_nominal = codes of an image * log2 of how many there are; codes_used: share of them that occur;
+    code_use      bits_nominal = most codes of an image * log2 of how many there are; codes_used: share of them that occur;
                   code_bits, bits_per_image: their entropy, as often as each occurs in these images
 
 Source of ssim: Wang et al., IEEE TIP 13(4), 2004, by dm-pix.
