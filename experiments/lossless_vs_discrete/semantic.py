@@ -21,7 +21,7 @@ from mmdiff.data.probes import QUESTIONS
 ENCODER = "runs/stand_ins/two_tower_32"
 PAIRS = "runs/tokenizers/seed_pairs"
 CODE_WIDTH, QUERIES = 16, 8
-CODEBOOK = {"quantizer": "vq", "codes": 512, "decay": 0.95, "restart": 0.3}  # quick to follow: usually 30 live for 200 steps
+CODEBOOK = {"quantizer": "vq", "codes": 512, "decay": 0.95, "restart": 0.3}  # quick to follow: else few live at first
 ONE_CAPTION = (("draw", 1.0),)
 
 
