@@ -181,8 +181,9 @@ def _makes_images(task: Task) -> bool:
     return task.model.cfg.layout.images != "read" and _has_image(task)
 
 
-def _has_codes(task: Task) -> bool:
-    return task.model.cfg.layout.codes and _has_image(task)
+def _weighs_codes(task: Task) -> bool:
+    """Whether the model says how likely each code is; "next_vector" says where it should lie."""
+    return task.model.cfg.layout.images in ("next_code", "masked_code") and _has_image(task)
 
 
 def _segments(task: Task) -> Iterator[Text | tuple[int, int, bool]]:
@@ -221,7 +222,7 @@ METRICS = {
     "phrase_drawn": Metric(
         phrases_drawn, "phrases of prompts that a judge, trained on real images, sees in drawings", _has_both, usual=False
     ),
-    "code_bits": Metric(code_bits, "what the model finds unlikely about the codes of images", _has_codes),
+    "code_bits": Metric(code_bits, "what the model finds unlikely about the codes of images", _weighs_codes),
     "psnr": Metric(reconstruction.psnr, "what a tokenizer gives back, decibels", _reconstructs),
     "ssim": Metric(reconstruction.ssim, "the same by local structure, 1 is best", _reconstructs),
     "code_use": Metric(reconstruction.code_use, "how a tokenizer uses its codes", _reconstructs),

@@ -8,6 +8,8 @@ import pytest
 from mmdiff.config import ConfigError
 from mmdiff.data.batches import Batches, Choice
 from mmdiff.document import IMG, Document
+from mmdiff.evaluation.evaluate import chosen
+from mmdiff.evaluation.task import Task
 from mmdiff.image_paths import next_vector
 from mmdiff.layout import ImagePiece, ImagePlan
 from mmdiff.training.loss import combine
@@ -88,3 +90,12 @@ def test_drawing_takes_the_nearest_code_and_feeds_it_back(made):
     assert (nearest_by_whole_rows(made, pieces, shift=1) != expected).any()
     with pytest.raises(ConfigError, match="guidance=2.0 has no meaning"):
         made.generate([Document("a", IMG)], guidance=2.0)
+
+
+def test_codes_that_are_regressed_have_no_bits():
+    listed = Listed([Document("ab", picture(1))])
+    of = lambda images: chosen(Task(model(images), given=listed), None)
+    assert "code_bits" in of("next_code") and "code_bits" in of("masked_code")
+    assert "code_bits" not in of("next_vector")
+    with pytest.raises(ConfigError, match="code_bits cannot be measured"):
+        chosen(Task(model("next_vector"), given=listed), ["code_bits"])
