@@ -12,7 +12,7 @@ lane_1() { # images of 32 x 32 pixels
   script input_layer --json
   for name in vq fsq continuous; do tokenizer $name tokenizers.py:$name; done
   # shellcheck disable=SC2046
-  script drift --json --images shapes words --tokenizers $(tokenizers vq fsq continuous)
+  script drift --into "$results/drift.json" --images shapes words --tokenizers $(tokenizers vq fsq continuous)
   for name in vq_ar pixels; do system $name; done
   script entropy --workdir "$results/entropy"
   script cliff --workdir "$results/cliff"
@@ -27,9 +27,7 @@ lane_2() { # of 64 x 64
 began=$SECONDS
 lanes lane_1 lane_2
 # shellcheck disable=SC2046
-script rate --json --priors runs/systems/vq_ar --pixels runs/systems/pixels --tokenizers $(tokenizers vq fsq) \
+script rate --into "$results/rate.json" --priors runs/systems/vq_ar --pixels runs/systems/pixels --tokenizers $(tokenizers vq fsq) \
   --images shapes words ${FACES:+"documents=$FACES"}
 cp "$log/input_layer.txt" "$results/input_layer.json"
-cp "$log/drift.txt" "$results/drift.json"
-cp "$log/rate.txt" "$results/rate.json"
 echo "all in $(((SECONDS - began) / 60)) minutes; $results, $log"

@@ -3,7 +3,8 @@
     python experiments/lossless_vs_discrete/drift.py --tokenizers runs/tokenizers/vq runs/tokenizers/continuous --images shapes
 
 After k rounds: PSNR against the original, and the share of codes that differ from those of the round before. Raw patches do not
-change at all (68 dB here, an exact copy).
+change at all (68 dB here, an exact copy). With --into FILE.json, what is found goes there too, beside what it holds of other
+tokenizers and other images.
 
 Claim: most of the loss happens in the first round, and it goes on: PSNR after 20 rounds is below that after one. It would be
 wrong for a tokenizer whose PSNR after 20 rounds is within 0.1 dB of that after the first.
@@ -58,14 +59,18 @@ def main() -> int:
     parser.add_argument("--images", nargs="+", default=["shapes"], metavar="NAME")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--into", type=Path, metavar="FILE.json")
     arguments = parser.parse_args()
     found: dict[str, dict[str, dict]] = {}
+    if arguments.into and arguments.into.is_file():
+        found = json.loads(arguments.into.read_text())
     for path in arguments.tokenizers:
         tokenizer = mmdiff.load_tokenizer(path)
         sets = {name: held_out(name, tokenizer.size, arguments.count) for name in arguments.images}
-        found[path.name] = {name: drift(tokenizer, real, arguments.rounds) for name, real in sets.items()}
-    print(json.dumps(found) if arguments.json else table(found, arguments.rounds))
+        found.setdefault(path.name, {}).update({name: drift(tokenizer, real, arguments.rounds) for name, real in sets.items()})
+    if arguments.into:
+        arguments.into.write_text(json.dumps(found))
+    print(table(found, arguments.rounds))
     return 0
 
 

@@ -5,8 +5,8 @@
 RESULTS holds what they left there; a panel whose file is missing is left out. Those that leave no folder are asked for theirs:
 
     python experiments/lossless_vs_discrete/input_layer.py --json > runs/lossless/input_layer.json
-    python experiments/lossless_vs_discrete/rate.py --json ... > runs/lossless/rate.json
-    python experiments/lossless_vs_discrete/drift.py --json ... > runs/lossless/drift.json
+    python experiments/lossless_vs_discrete/rate.py --into runs/lossless/rate.json ...
+    python experiments/lossless_vs_discrete/drift.py --into runs/lossless/drift.json ...
 """
 
 import argparse

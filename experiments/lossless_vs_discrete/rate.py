@@ -9,6 +9,8 @@ image without a text (an upper bound on their entropy, and what a lossless coder
 would be a coder with a model of next pixels (--pixels): raw patches carry that much. JPEG and lossy WebP are anchors: their
 files hold a header of some hundred bytes, which counts for much in images of this size and is given apart.
 
+With --into FILE.json, what is found goes there too, beside what it holds of other tokenizers and other images.
+
 Claims: (1) prior < entropy < nominal << lossless; (2) on images unlike those it was trained on, a tokenizer gives back less
 than JPEG does with as many bits, without its header. (1) would be wrong if any of the orders did not hold; (2) if a tokenizer's
 PSNR on such images were above the JPEG curve at its entropy.
@@ -99,6 +101,16 @@ def lines(name: str, codecs: list[dict], tokenizers: list[dict]) -> str:
     return "\n".join(out)
 
 
+def joined(before: dict, found: dict) -> dict:
+    """Rows of `found` in the place of those of `before` that bear the same names, or behind them."""
+    parts = ("codecs", "tokenizers")
+    by_name = {
+        name: {part: {row["name"]: row for of in (before, found) for row in of.get(name, {}).get(part, [])} for part in parts}
+        for name in before | found
+    }
+    return {name: {part: list(rows.values()) for part, rows in of.items()} for name, of in by_name.items()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizers", nargs="+", type=Path, required=True, metavar="RUN")
@@ -106,8 +118,9 @@ def main() -> int:
     parser.add_argument("--pixels", type=Path, metavar="RUN", help="a model of next pixels")
     parser.add_argument("--images", nargs="+", default=["shapes", "words"], metavar="NAME")
     parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--into", type=Path, metavar="FILE.json")
     arguments = parser.parse_args()
+    before = json.loads(arguments.into.read_text()) if arguments.into and arguments.into.is_file() else {}
     tokenizers = {path: mmdiff.load_tokenizer(path) for path in arguments.tokenizers}
     priors = [mmdiff.load(path) for path in arguments.priors]
     pixels = mmdiff.load(arguments.pixels) if arguments.pixels else None
@@ -123,7 +136,10 @@ def main() -> int:
             told = [each["image_bits_per_dim"] for each in pixels.score([Document(Image(image)) for image in real])]
             row = {"name": "next pixels", "bits": float(np.mean(told)) * real[0].size, "header": 0}
             found[name]["codecs"].insert(0, row | {"psnr": math.inf, "ssim": 1.0})
-    print(json.dumps(found) if arguments.json else "\n\n".join(lines(name, **parts) for name, parts in found.items()))
+    found = joined(before, found)
+    if arguments.into:
+        arguments.into.write_text(json.dumps(found))
+    print("\n\n".join(lines(name, **parts) for name, parts in found.items()))
     return 0
 
 

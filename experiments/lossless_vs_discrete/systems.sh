@@ -45,12 +45,10 @@ lanes lane_1 lane_2
 arms all systems.py # the page
 pixels=runs/systems/pixels # of all.sh
 # shellcheck disable=SC2046
-python rate_systems lossless_vs_discrete/rate.py --json \
+python rate_systems lossless_vs_discrete/rate.py --into "$results/rate.json" \
   --priors $results/joint/{vq_ar,fsq_ar,v2l,lavit,seed}/seed-0-steps-800 $([ -d $pixels ] && echo --pixels $pixels) \
   --tokenizers $(tokenizers vq fsq v2l lavit seed) --images shapes words ${FACES:+"documents=$FACES"}
 # shellcheck disable=SC2046
-python drift_systems lossless_vs_discrete/drift.py --json --images shapes words \
+python drift_systems lossless_vs_discrete/drift.py --into "$results/drift.json" --images shapes words \
   --tokenizers $(tokenizers vq fsq continuous v2l lavit seed)
-cp "$log/rate_systems.txt" "$results/rate.json"
-cp "$log/drift_systems.txt" "$results/drift.json"
 echo "all in $(((SECONDS - began) / 60)) minutes; $results, $log"

@@ -152,6 +152,22 @@ def test_drift_counts_changed_codes(ran):
     assert fading["flips"] == [0.0, 1.0, 1.0] and fading["psnr"] == sorted(fading["psnr"], reverse=True)
 
 
+@pytest.mark.parametrize("script", ["rate.py", "drift.py"])
+def test_what_was_found_of_one_tokenizer_stands_beside_that_of_another(script, ran, tmp_path, monkeypatch, capsys):
+    module, kept, seen = ran(script), tmp_path / "kept.json", []
+    monkeypatch.setattr("mmdiff.load_tokenizer", lambda path: seen.append(path.name) or Coarse())
+    for name, images in (("one", "shapes"), ("two", "shapes"), ("one", "words")):
+        told = ["--tokenizers", f"runs/{name}", "--images", images, "--count", "2", "--into", str(kept)]
+        monkeypatch.setattr(sys, "argv", [script, *told, *(["--rounds", "1"] if script == "drift.py" else [])])
+        assert module["main"]() == 0
+    found = json.loads(kept.read_text())
+    names = lambda of: [row["name"] for row in of["tokenizers"]]
+    of = {name: list(of) for name, of in found.items()} if script == "drift.py" else {k: names(v) for k, v in found.items()}
+    expected = {"one": ["shapes", "words"], "two": ["shapes"]}, {"shapes": ["one", "two"], "words": ["one"]}
+    assert of == expected[script == "rate.py"] and seen == ["one", "two", "one"]
+    assert capsys.readouterr().out.count("| two |") == 2  # in the second table and in the third
+
+
 @pytest.mark.parametrize("name", ["shapes", "words", "probes"])
 def test_held_out_images_are_of_the_size_asked_for(name, ran):
     images = ran("images.py")
