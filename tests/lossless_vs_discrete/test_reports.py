@@ -115,7 +115,7 @@ def test_the_report_says_what_is_lost_won_and_open(ran, tmp_path):
         for seed in range(3)
     ]
     shared = {"count": 200, "steps": 800, "parameters": 10, "positions": 5.0, "flops": 1e9, "flops_with_tokenizer": 2e9}
-    drawn = {"raw": 0.8, "vq_ar": 0.9, "masked": 0.8}
+    drawn = {"raw": 0.8, "vq_ar": 0.9, "masked": 0.8, "emu": 0.8}
     runs = [
         shared | {"arm": arm, "seed": seed, "share": 1.0, "metrics": {"image_accuracy": value, "image_accuracy_stderr": 0.01}}
         for arm, value in drawn.items()
@@ -128,6 +128,7 @@ def test_the_report_says_what_is_lost_won_and_open(ran, tmp_path):
         ("E4, what readers of its own read right", "same", "vq"): "open",
         ("E5 and E6, at the end", "attributes drawn as asked", "vq_ar"): "wins",
         ("E5 and E6, at the end", "attributes drawn as asked", "masked"): "open",
+        ("E5 and E6, at the end", "attributes drawn as asked", "emu"): "open",
     }
     few = [row for row in runs if row["seed"] < 2]  # too few to say how far seeds lie apart
     assert {c.verdict for c in report["of_joint"](few)} == {"open"}
@@ -136,6 +137,7 @@ def test_the_report_says_what_is_lost_won_and_open(ran, tmp_path):
     table = report["arms"](runs, rates, [*right, *clocks]).splitlines()
     assert table[2].startswith("| raw | 24,576 |  |  |  |  |  | 0.800 (0.")
     assert table[3].startswith("| vq_ar | 640, 500 |  |  | 0.400 (0.300 to 0.500) |  |  | 0.900 (0.")
+    assert table[5].startswith("| emu | 8 vectors |  |  |  |  |  | 0.800 (0.")
     told = {"share": 0.33, "correlation": 0.7, "of_cells_with_bits": 0.6, "of_plain_cells": 0.1, "shares": [0.1, 0.5, 0.3]}
     told |= {"chances": told["shares"], "correlation_of_chances": 0.8}
     kept = [{"seed": 0, "steps": steps, "trained": told, "untrained": told, "entropies": [3, 8, 5]} for steps in (2, 4, 4)]
@@ -145,7 +147,7 @@ def test_the_report_says_what_is_lost_won_and_open(ran, tmp_path):
         (tmp_path / name / "results.jsonl").write_text("\n".join(map(json.dumps, records)))
     page = report["page"](tmp_path)
     assert "<p>DOES NOT HOLD: not so before training</p>" in page and "0.330, 0.330" in page
-    assert "of 2 comparisons 0 lost, 1 won, 1 open" in page and "cliff/results.jsonl" in page
+    assert "of 3 comparisons 0 lost, 1 won, 2 open" in page and "cliff/results.jsonl" in page
     assert page.count("▲ 0.900<br>") == 1 and page.count("▼ 0.300<br>") == 1
     table = report["from_markdown"]("**words**\n\n| | bits | PSNR |\n| --- | --- | --- |\n| png | | inf |")
     assert table.startswith("<h3>words</h3>") and '<td data-name="bits"></td><td data-name="PSNR">inf</td>' in table
