@@ -44,9 +44,9 @@ BETTER = {  # measures of E5: what they are about, and the sign of what is good
 WHEN = {1.0: "at the end", 0.25: "at a quarter of the steps"}
 RAW_ARM = "raw"
 FILES = ("systems.py", "lavit_arms.py", "orders.py")  # of the arms of E5 and E6
-ARMS = """Bits of an image: nominal, and by the entropy of single codes (E1, on the images of E5); vectors of real numbers behind
-a front end have none. Digits of the largest size, counts and clocks that a reader of its own reads after the same tokenizer for
-64 x 64 pixels (E4; lowest to highest of the seeds). What the arm does when it has been trained (E5, 95%)."""
+ARMS = """Bits of an image: nominal, and by the entropy of single codes (E1, on the images of E5); vectors of real numbers
+behind a front end have none. Digits of the largest size, counts and clocks that a reader of its own reads after the same
+tokenizer for 64 x 64 pixels (E4; lowest to highest of the seeds). What the arm does when it has been trained (E5, 95%)."""
 PROBES = ("ocr 5", "count", "clock")  # of E4, in the table of arms
 FURTHER = ("selector/results.jsonl", "frozen_lm/results.jsonl")  # what is not among the panels of plots.py
 VERDICTS = {"loses": "lost", "wins": "won", "open": "open"}
