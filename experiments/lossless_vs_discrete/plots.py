@@ -26,6 +26,7 @@ from readers import RAW
 
 ANCHORS = ("JPEG", "WebP")
 LOSSLESS = ("next pixels", "PNG", "WebP lossless")
+COLOURS, DASHES = 10, ("-", "--", ":")  # of curves: more than ten get the same colours in other dashes
 CURVES = ("image_accuracy", "question_accuracy", "caption_accuracy")
 
 
@@ -137,8 +138,8 @@ def curves(metric: str) -> Callable[[Axes, list[dict]], None]:
             if shares:
                 mean, low, high = np.array([values[arm, share] for share in shares]).T
                 x = [at[share] for share in shares]
-                axes.plot(x, mean, marker=".", c=f"C{number}", label=arm)
-                axes.fill_between(x, low, high, color=f"C{number}", alpha=0.2, lw=0)
+                axes.plot(x, mean, marker=".", c=f"C{number % COLOURS}", ls=DASHES[number // COLOURS], label=arm)
+                axes.fill_between(x, low, high, color=f"C{number % COLOURS}", alpha=0.2, lw=0)
         axes.set(title=f"E5  {metric}", xlabel="operations, without the tokenizer's training", xscale="log")
         axes.xaxis.set_minor_formatter(NullFormatter())
         if values:
