@@ -27,7 +27,11 @@ from readers import RAW
 ANCHORS = ("JPEG", "WebP")
 LOSSLESS = ("next pixels", "PNG", "WebP lossless")
 COLOURS, DASHES = 10, ("-", "--", ":")  # of curves: more than ten get the same colours in other dashes
-CURVES = ("image_accuracy", "question_accuracy", "caption_accuracy")
+CURVES = {  # of E5 and E6: the arms of a file, and what of them
+    "systems.py": ("image_accuracy", "question_accuracy", "caption_accuracy"),
+    "lavit_arms.py": ("image_accuracy", "caption_accuracy"),
+    "orders.py": ("code_bits",),
+}
 
 
 def input_layer(axes: Axes, found: dict) -> None:
@@ -127,12 +131,14 @@ def drift(axes: Axes, found: dict) -> None:
     axes.legend(fontsize=7)
 
 
-def curves(metric: str) -> Callable[[Axes, list[dict]], None]:
-    """E5: a metric by the operations spent, the mean over seeds and its interval."""
+def curves(file: str, metric: str) -> Callable[[Axes, list[dict]], None]:
+    """E5 and E6: a metric by the operations spent, the mean over seeds and its interval, of the arms that `file` names."""
+    named = joint.systems(joint.HERE / file)[1]
 
     def panel(axes: Axes, found: list[dict]) -> None:
+        found = [row for row in found if row["arm"] in named]
         values = joint.summary(found, metric)
-        for number, arm in enumerate(joint.arms_of(found)):
+        for number, arm in enumerate(arm for arm in named if arm in joint.arms_of(found)):
             at = {r["share"]: r["flops"] for r in found if r["arm"] == arm}
             shares = [share for share in joint.SHARES if (arm, share) in values]
             if shares:
@@ -140,7 +146,8 @@ def curves(metric: str) -> Callable[[Axes, list[dict]], None]:
                 x = [at[share] for share in shares]
                 axes.plot(x, mean, marker=".", c=f"C{number % COLOURS}", ls=DASHES[number // COLOURS], label=arm)
                 axes.fill_between(x, low, high, color=f"C{number % COLOURS}", alpha=0.2, lw=0)
-        axes.set(title=f"E5  {metric}", xlabel="operations, without the tokenizer's training", xscale="log")
+        title = f"{'E5' if file == 'systems.py' else 'E6'}  {metric}, {file}"
+        axes.set(title=title, xlabel="operations, without the tokenizer's training", xscale="log")
         axes.xaxis.set_minor_formatter(NullFormatter())
         if values:
             axes.legend(fontsize=7)
@@ -156,7 +163,7 @@ PANELS: tuple[tuple[Callable[[Axes, Any], None], str], ...] = (
     (rate, "rate.json"),
     (readers, "readers/results.jsonl"),
     (drift, "drift.json"),
-    *((curves(metric), "joint/results.jsonl") for metric in CURVES),
+    *((curves(file, metric), "joint/results.jsonl") for file, metrics in CURVES.items() for metric in metrics),
 )
 COLUMNS = 2
 

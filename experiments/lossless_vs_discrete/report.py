@@ -43,7 +43,6 @@ BETTER = {  # measures of E5: what they are about, and the sign of what is good
 }
 WHEN = {1.0: "at the end", 0.25: "at a quarter of the steps"}
 RAW_ARM = "raw"
-FILES = ("systems.py", "lavit_arms.py", "orders.py")  # of the arms of E5 and E6
 ARMS = """Bits of an image: nominal, and by the entropy of single codes (E1, on the images of E5); vectors of real numbers
 behind a front end have none. Digits of the largest size, counts and clocks that a reader of its own reads after the same
 tokenizer for 64 x 64 pixels (E4; lowest to highest of the seeds). What the arm does when it has been trained (E5, 95%)."""
@@ -134,7 +133,7 @@ def arms(runs: list[dict], rates: dict | None, right: list[dict] | None) -> str:
         f"| arm | bits of an image | {' | '.join((*PROBES, *metrics))} |",
         "| --- " * (2 + len(PROBES) + len(metrics)) + "|",
     ]
-    files = [joint.HERE / file for file in FILES]
+    files = [joint.HERE / file for file in plots.CURVES]
     settings = {arm: load_experiment(f"{file}:{arm}") for file in files for arm in joint.systems(file)[1]}
     for arm in joint.arms_of(runs):
         cfg = settings[arm]
@@ -233,7 +232,7 @@ def page(results: Path) -> str:
     if read["joint/results.jsonl"]:
         table = arms(read["joint/results.jsonl"], read["rate.json"], read["readers/results.jsonl"])
         sections.append(("All arms", f'<p class="faint">{ARMS}</p>', table))
-        told = [joint.systems(joint.HERE / file)[0] for file in FILES]
+        told = [joint.systems(joint.HERE / file)[0] for file in plots.CURVES]
         about = "".join(f'<p class="faint">{html.escape(text)}</p>' for text in told)
         sections.append(("E5 and E6, joint training, at the end", about, joint.table(read["joint/results.jsonl"])))
     if found := read["frozen_lm/results.jsonl"]:

@@ -97,7 +97,9 @@ def test_the_picture_shows_the_results_that_are_there(ran, tmp_path):
     assert [bar.get_width() for bar in panel(plots["ledger"], rate).patches] == [640.0, 500.0, 9000.0]
     assert [list(line.get_xdata()) for line in panel(plots["rate"], rate).lines[::2]] == [[1005.0, 1010.0], [500.0, 640.0]]
     assert [bar.get_height() for bar in panel(plots["readers"], right).patches] == [0.9, 0.2]
-    assert list(panel(plots["curves"]("image_accuracy"), run).lines[0].get_ydata()) == [0.5]
+    curve = plots["curves"]("systems.py", "image_accuracy")
+    assert list(panel(curve, [*run, run[0] | {"arm": "lavit_fixed"}]).lines[0].get_ydata()) == [0.5]
+    assert len(panel(curve, [run[0] | {"arm": "lavit_fixed"}]).lines) == 0  # of another file
     (tmp_path / "rate.json").write_text(json.dumps(rate))
     plots["draw"](tmp_path, tmp_path / "all.png")  # most files are missing
     assert (tmp_path / "all.png").stat().st_size > 10_000
