@@ -12,6 +12,7 @@
     fsq_ar    the same with FSQ codes
     masked    VQ codes, masked prediction and parallel drawing         MaskGIT, Show-o
     v2l       words of a language model as codes, next-token           V2L's tokens, in a model of our own
+    v2l_residual  the same; its decoder adds what global words say to what local ones say   our ablation
     lavit     as many codes as an image needs, of a frozen encoder's features (semantic.py)      LaVIT
     seed      8 codes of what a Q-Former says of them                                             SEED
 
@@ -38,7 +39,7 @@ import dataclasses
 from mmdiff.config import Config, Data, FrontEnd, Layout, Model, Optimizer, Sampling, Tower, Training
 from mmdiff.config_front_end import Kind
 
-ARMS = ("raw", "read", "vq_ar", "fsq_ar", "masked", "v2l", "lavit", "seed", "llava", "flamingo", "blip2", "emu")
+ARMS = ("raw", "read", "vq_ar", "fsq_ar", "masked", "v2l", "v2l_residual", "lavit", "seed", "llava", "flamingo", "blip2", "emu")
 TOKENIZERS, TOWER = "runs/tokenizers", "runs/stand_ins/two_tower_32"
 QFORMER = "runs/stand_ins/qformer"
 SIZES = Tower(side=32, patch=4, width=192, hidden=384, depth=4, heads=6, activation="gelu")
@@ -114,6 +115,10 @@ def v2l() -> Config:
     """Eight words about the image, then one for each patch: 72 codes. (The original asks a frozen language model about them:
     experiments/frozen_lm/.)"""
     return config("v2l", "next_code", f"{TOKENIZERS}/v2l")
+
+
+def v2l_residual() -> Config:
+    return config("v2l_residual", "next_code", f"{TOKENIZERS}/v2l_residual")
 
 
 def pixels() -> Config:

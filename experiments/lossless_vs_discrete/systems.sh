@@ -29,10 +29,10 @@ lane_2() { # what reads features, and what a language model is asked about
   python copying_lm stand_ins/copying_lm.py --out $stand_ins/copying_lm
   python words frozen_lm/words.py --language $stand_ins/copying_lm --towers $stand_ins/two_tower \
     --out runs/v2l/words.safetensors
-  tokenizer v2l tokenizers.py:v2l
+  for name in v2l v2l_residual; do tokenizer $name tokenizers.py:$name; done
   python tasks frozen_lm/tasks.py --language $stand_ins/copying_lm --words runs/v2l/words.safetensors \
     --tokenizer runs/tokenizers/v2l --workdir "$results/frozen_lm"
-  arms systems systems.py seed v2l llava flamingo blip2 emu
+  arms systems systems.py seed v2l v2l_residual llava flamingo blip2 emu
   for name in lavit_64 seed_pairs_64 seed_64; do tokenizer $name semantic.py:$name; done
   tokenizer v2l_64 tokenizers.py:v2l_64
   # shellcheck disable=SC2046
