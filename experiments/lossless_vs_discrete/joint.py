@@ -8,13 +8,16 @@ The arms are those that a file of systems names (--systems; its first lines say 
 seed, and measured at 1/16, 1/8, 1/4, 1/2 and 1 of its steps with the moving average of its parameters. Points of one arm and
 share are compared three ways: at equal positions (what the transformer reads), at equal operations without and with those of
 training the tokenizer, and, since width and depth are the same, at nearly equal parameters. An interval is a bootstrap over
-seeds that also redraws every measurement with its standard error.
+seeds that also redraws every measurement with its standard error; those of whole sets (frechet_random, text_bits_per_byte,
+code_bits) have none. All arms and seeds are asked about the same documents, and all seeds of an arm share its tokenizer: how
+far tokenizers that are trained again lie apart is in no interval. Beside the arms stands what who sees no image would reach.
 
 WORKDIR gets a run per arm and seed, results.jsonl and, named after the file of systems, a page; the same command goes on where
 it was stopped. Two commands may share the work, each with its own --arms or --systems, in one WORKDIR.
 """
 
 import argparse
+import collections
 import html
 import json
 import runpy
@@ -29,6 +32,9 @@ import numpy as np
 import mmdiff
 from mmdiff import config
 from mmdiff.config_files import load_experiment, replaced, run_config
+from mmdiff.data.shapes import Shapes
+from mmdiff.data.shapes_reader import attribute_accuracy, score_caption
+from mmdiff.document import Document
 from mmdiff.evaluation.evaluate import chosen, measure
 from mmdiff.evaluation.task import Task
 from mmdiff.sweeps.charts import Series, line_chart
@@ -116,6 +122,28 @@ def one_run(arm: str, cfg: config.Config, arguments: argparse.Namespace) -> Iter
         yield record | {"metrics": measured(workdir, step, arguments.count)}
 
 
+def unseen(data: config.Data, count: int) -> dict[str, float]:
+    """What is right without an image, of the same held-out documents: another one's caption or scene, and to each question the
+    answer that it has most often in 5,000 documents to learn from."""
+
+    def documents(kind: str, count: int, split: str) -> list[Document]:
+        made = Shapes(0, count, data.generator_image_size, data.max_objects, ((kind, 1.0),), split)
+        return [made[i] for i in range(count)]
+
+    answers: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for document in documents("question", 5000, "train"):
+        answers[document.extra["question"]][document.extra["answer"]] += 1
+    kinds = {kind: documents(kind, count, data.validation_split) for kind in ("caption", "question", "draw")}
+    usual = lambda d: max(answers[d.extra["question"]].most_common(1), default=("",))[0]
+    others = lambda kind: zip(kinds[kind][1:] + kinds[kind][:1], (d.extra["scene"] for d in kinds[kind]), strict=True)
+    right = {
+        "caption_accuracy": [score_caption(other.texts[0], scene) for other, scene in others("caption")],
+        "question_accuracy": [usual(d) == d.extra["answer"] for d in kinds["question"]],
+        "image_accuracy": [attribute_accuracy(other.extra["scene"], scene) for other, scene in others("draw")],
+    }
+    return {name: float(np.mean(values)) for name, values in right.items()}
+
+
 def interval(values: list[float], errors: list[float]) -> tuple[float, float]:
     """95% of the means of bootstrap samples over seeds, each value redrawn with its standard error."""
     rng = np.random.default_rng(0)
@@ -161,7 +189,12 @@ def table(records: list[dict]) -> str:
     return "\n".join([lines[0], "| --- " * (4 + len(WANTED)) + "|", *lines[1:]])
 
 
-def page(records: list[dict], claims: str) -> str:
+def beside(data: config.Data, count: int) -> str:
+    """A line for a table of arms."""
+    return "Without an image: " + ", ".join(f"{name} {value:.3f}" for name, value in unseen(data, count).items()) + "."
+
+
+def page(records: list[dict], claims: str, floor: str) -> str:
     """Claims, the end, and curves of every metric over positions and over operations, both ways."""
     axes = (
         ("positions", "positions read"),
@@ -179,6 +212,7 @@ def page(records: list[dict], claims: str) -> str:
         *(f'<p class="faint">{html.escape(text)}</p>' for text in claims.splitlines()),
         f"<h2>At the end, mean of {seeds} seeds (95% interval)</h2>",
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>',
+        f'<p class="faint">{floor}</p>',
     ]
     for metric in WANTED:
         found, figures = summary(records, metric), []
@@ -232,8 +266,9 @@ def main() -> int:
         told = ", ".join(f"{name} {last[name]:.3f}" for name in WANTED if name in last)
         print(f"{arm}, seed {cfg.training.seed}: {told}", file=sys.stderr, flush=True)
     records = recorded()
-    (arguments.workdir / f"{arguments.systems.stem}.html").write_text(page(records, claims))
-    print(table(records))
+    floor = beside(every[0].data, arguments.count)
+    (arguments.workdir / f"{arguments.systems.stem}.html").write_text(page(records, claims, floor))
+    print(f"{table(records)}\n\n{floor}")
     return 0
 
 

@@ -57,11 +57,11 @@ def entropy(axes: Axes, found: list[dict]) -> None:
 
 
 def ledger(axes: Axes, found: dict) -> None:
-    """E1: bits of an image, by everything that says it, for the first set of images."""
+    """E1: bits of an image, by everything that says it, for the first set of images; files without their headers."""
     name, parts = next(iter(found.items()))
     counted = ("nominal", "entropy", "prior")
     bars = [(f"{row['name']}, {kind}", row[kind]) for row in parts["tokenizers"] for kind in counted if kind in row]
-    lossless = [(row["name"], row["bits"]) for row in parts["codecs"] if row["name"] in LOSSLESS]
+    lossless = [(row["name"], row["bits"] - row["header"]) for row in parts["codecs"] if row["name"] in LOSSLESS]
     names, bits = zip(*(bars + lossless), strict=True)
     colours = ["C0"] * len(bars) + ["C1"] * len(lossless)
     axes.barh(range(len(names)), bits, color=colours)

@@ -7,7 +7,8 @@ RESULTS holds what the experiments left there, as for plots.py; what is missing 
 Every front end of E4 and every arm of E5 is compared with raw patches, measure by measure. An interval is a bootstrap over
 the seeds of both sides, each value redrawn with its standard error; a measure is won or lost where the interval of the
 difference leaves out zero, and open otherwise, as it is with fewer than three seeds on either side. Intervals are of 95% each:
-of twenty comparisons between equals one is decided by chance.
+of twenty comparisons between equals one is decided by chance. Nor are they independent: digits are counted together and by
+size, arms at two points of their training. What has real numbers in place of codes is compared, too, and counted apart.
 """
 
 import argparse
@@ -31,11 +32,12 @@ import rate
 import readers
 import selector
 
+from mmdiff import config
 from mmdiff.config_files import load_experiment
 from mmdiff.sweeps.page import STYLE
 
 BETTER = {  # measures of E5: what they are about, and the sign of what is good
-    "question_accuracy": ("questions about two colours or places answered", 1),
+    "question_accuracy": ("questions about scenes answered", 1),
     "caption_accuracy": ("attributes named in captions", 1),
     "image_accuracy": ("attributes drawn as asked", 1),
     "frechet_random": ("Frechet distance of drawings", -1),
@@ -123,6 +125,17 @@ def of_joint(found: list[dict]) -> Iterator[Comparison]:
             yield from compared(f"E5 and E6, {when}", told, sides, RAW_ARM, sign)
 
 
+def settings() -> dict[str, config.Config]:
+    """Of every arm of E5 and E6."""
+    files = [joint.HERE / file for file in plots.CURVES]
+    return {arm: load_experiment(f"{file}:{arm}") for file in files for arm in joint.systems(file)[1]}
+
+
+def counted(comparisons: Sequence[Comparison]) -> str:
+    """How many are lost, won and open."""
+    return ", ".join(f"{sum(c.verdict == verdict for c in comparisons)} {told}" for verdict, told in VERDICTS.items())
+
+
 def arms(runs: list[dict], rates: dict | None, right: list[dict] | None) -> str:
     """Markdown, a row for each arm of E5: of E1, E4 and E5 what ARMS says."""
     known = {row["name"]: row for row in (rates or {}).get("shapes", {}).get("tokenizers", [])}
@@ -133,10 +146,9 @@ def arms(runs: list[dict], rates: dict | None, right: list[dict] | None) -> str:
         f"| arm | bits of an image | {' | '.join((*PROBES, *metrics))} |",
         "| --- " * (2 + len(PROBES) + len(metrics)) + "|",
     ]
-    files = [joint.HERE / file for file in plots.CURVES]
-    settings = {arm: load_experiment(f"{file}:{arm}") for file in files for arm in joint.systems(file)[1]}
+    known_arms = settings()
     for arm in joint.arms_of(runs):
-        cfg = settings[arm]
+        cfg = known_arms[arm]
         tokenizer, pixels = Path(cfg.data.tokenizer).name, not cfg.data.tokenizer and not cfg.front_end.encoder
         row, front = known.get(tokenizer), readers.RAW if pixels else f"{tokenizer}_64"
         coded = f"{row['nominal']:,.0f}, {row['entropy']:,.0f}" if row else ""
@@ -153,11 +165,14 @@ def arms(runs: list[dict], rates: dict | None, right: list[dict] | None) -> str:
 
 def answers(comparisons: Sequence[Comparison]) -> str:
     """HTML: how much is lost, won and open, then of each experiment a row for what stands in for raw patches."""
-    tables, told = [], []
+    tables, told, arms = [], [], settings()
+    codes = lambda c: bool(arms[c.what].data.tokenizer) if c.what in arms else not c.what.startswith("continuous")
     for experiment in dict.fromkeys(c.experiment for c in comparisons):
         of = [c for c in comparisons if c.experiment == experiment]
-        counts = {verdict: sum(c.verdict == verdict for c in of) for verdict in ("loses", "wins", "open")}
-        told.append(f"{experiment}: of {len(of)} comparisons {', '.join(f'{n} {VERDICTS[v]}' for v, n in counts.items())}.")
+        coded = [c for c in of if codes(c)]
+        told.append(
+            f"{experiment}: of {len(of)} comparisons {counted(of)}; of the {len(coded)} of codes alone {counted(coded)}."
+        )
         measures = list(dict.fromkeys(c.measure for c in of))
         raw = {c.measure: f"{c.raw:.3f}" for c in of}
         rows = [cells([readers.RAW, *(raw[measure] for measure in measures)], ["", *measures])]
@@ -233,6 +248,7 @@ def page(results: Path) -> str:
         table = arms(read["joint/results.jsonl"], read["rate.json"], read["readers/results.jsonl"])
         sections.append(("All arms", f'<p class="faint">{ARMS}</p>', table))
         told = [joint.systems(joint.HERE / file)[0] for file in plots.CURVES]
+        told.append(joint.beside(settings()["raw"].data, joint.COUNT))
         about = "".join(f'<p class="faint">{html.escape(text)}</p>' for text in told)
         sections.append(("E5 and E6, joint training, at the end", about, joint.table(read["joint/results.jsonl"])))
     if found := read["frozen_lm/results.jsonl"]:

@@ -107,14 +107,18 @@ class FrontEnd(nnx.Module):
         return vectors * jax.lax.rsqrt(square + 1e-6).astype(vectors.dtype)
 
 
+def begins(cell: jax.Array) -> jax.Array:
+    """Where an image begins: bool [b, t] of cells [b, t, 4]."""
+    return (cell[..., 2] > 0) & (cell[..., 0] == 0) & (cell[..., 1] == 0)
+
+
 def find(z: jax.Array, cell: jax.Array, grid: tuple[int, int]) -> Found:
     """The images of rows z [b, t, s] with cells [b, t, 4]; every one of `grid` positions, side by side."""
     (rows, cols), length = grid, z.shape[1]
     count = rows * cols
     # the first of a chunk may have its sizes before it
     images = (length + AROUND - 1) // (count + AROUND)
-    first = (cell[..., 2] > 0) & (cell[..., 0] == 0) & (cell[..., 1] == 0)
-    starts = jnp.sort(jnp.where(first, jnp.arange(length), length), axis=1)[:, :images]
+    starts = jnp.sort(jnp.where(begins(cell), jnp.arange(length), length), axis=1)[:, :images]
     at = jnp.where(starts[..., None] < length, starts[..., None] + jnp.arange(count), length)
     flat = at.reshape(len(z), -1, 1)
     slices = jnp.where(flat < length, jnp.take_along_axis(z, jnp.minimum(flat, length - 1), axis=1), 0.0)

@@ -18,6 +18,15 @@ from mmdiff import config
 from mmdiff.diffusion import schedule
 
 
+def stratified(there: jax.Array, key: jax.Array) -> jax.Array:
+    """A number r from (0, 1) for each of the n entries of `there` that count, one from each of n equal parts, in their order;
+    for the others any. float32, of the shape of `there`, which holds what is true or not zero."""
+    counts = (there > 0).reshape(-1)
+    rank, count = jnp.cumsum(counts) - 1, jnp.maximum(counts.sum(), 1)
+    r = (jnp.maximum(rank, 0) + jax.random.uniform(key, counts.shape)) / count
+    return jnp.clip(r, 1e-6, 1 - 1e-6).reshape(there.shape)
+
+
 def sample_times(diffusion: config.Diffusion, r: jax.Array) -> jax.Array:
     """Noise times u in [0, 1] for uniform numbers r in (0, 1), of the same shape.
 

@@ -27,7 +27,8 @@ import jax
 import jax.numpy as jnp
 
 from mmdiff import config
-from mmdiff.adapters.front_end import find
+from mmdiff.adapters.front_end import begins, find
+from mmdiff.diffusion.times import stratified
 from mmdiff.layout import Rows
 from mmdiff.models.network import Network
 from mmdiff.models.transfusion import Embedded
@@ -44,24 +45,27 @@ MEASURED = "image_loss", 1.0
 
 
 def noise(network: Network, cfg: config.Config, rows: Rows, key: jax.Array) -> tuple[jax.Array, ...]:
-    """A key for each row, of the denoiser: uint32 [b, .]."""
-    seeds = jax.random.key_data(jax.random.split(key, rows.tokens.shape[0]))
-    return (network.place(seeds, "rows", None),)
+    """Of the denoiser: numbers r [b, t] where an image begins, evenly over those of the batch, and noise [b, t, s] that stands
+    as the slices of pixels do."""
+    one, two = jax.random.split(key)
+    eps = jax.random.normal(two, rows.patches.shape, jnp.float32)
+    return stratified(begins(rows.cell), one), network.place(eps, "rows", None, None)
 
 
 def losses(network: Network, cfg: config.Config, params: Any, rows: Rows, *noise: jax.Array) -> Losses:
     """See ImagePath."""
-    (seeds,) = noise
+    r, eps = noise
     model, clean, z = network.bind(params), jnp.zeros(rows.tokens.shape), normalise(rows.patches)
     embedded = model.embed(rows.tokens, rows.is_patch, z, clean, rows.cell)
     hidden = model.stack(embedded, rows.position, rows.mask)[0]
     regression = regressed(network, model, rows, embedded.x, hidden)
-    found = find(z, rows.cell, network.front.grid)
+    found, noised = (find(a, rows.cell, network.front.grid) for a in (z, eps))
     row = jnp.arange(len(z))[:, None, None]
     vectors = jax.lax.stop_gradient(embedded.x)[row, jnp.minimum(found.at, z.shape[1] - 1)]
     flat = lambda a: a.reshape(-1, *a.shape[2:])
-    key = jax.random.wrap_key_data(seeds[0])
-    denoised = model.image.decoder.losses(model.image.pixels(flat(found.slices)), flat(vectors), key)
+    first = jnp.minimum(found.at[..., 0], z.shape[1] - 1)
+    pixels, eps = (model.image.pixels(flat(one.slices)) for one in (found, noised))
+    denoised = model.image.decoder.losses(pixels, flat(vectors), flat(r[row[..., 0], first]), eps)
     each = jnp.broadcast_to(denoised.reshape(*found.at.shape[:2], 1), found.at.shape)
     error = regression.at[row, found.at].add(each, mode="drop")
     return sums(rows, text_nats(network, model, rows, hidden), error)

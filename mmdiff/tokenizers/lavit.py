@@ -43,7 +43,8 @@ def policy_attention(scores: jax.Array, policy: jax.Array) -> jax.Array:
     scores, policy = scores.astype(jnp.float32), policy[:, None]
     top = jnp.where(policy > 0, scores, -jnp.inf).max(-1, keepdims=True)
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
-    shifted = jnp.exp(jnp.minimum(scores - top, 0.0)) * policy
+    # not minimum(), whose gradient is halved where the two are equal: at the largest score of all
+    shifted = jnp.exp(jnp.where(scores > top, 0.0, scores - top)) * policy
     return (shifted + EPSILON / scores.shape[-1]) / (shifted.sum(-1, keepdims=True) + EPSILON)
 
 

@@ -28,7 +28,7 @@ from mmdiff import config
 from mmdiff.pretrained.tower import Tower
 from mmdiff.tokenizers.lavit import RATIO_WEIGHT, Decoder, Merger, Selector, at_least_one, feature_loss, kept
 from mmdiff.tokenizers.network import Objective, Seen
-from mmdiff.tokenizers.pixel_decoder import PixelDecoder
+from mmdiff.tokenizers.pixel_decoder import PixelDecoder, noise_for
 from mmdiff.tokenizers.quantizers.base import Learning, Quantizer
 from mmdiff.tokenizers.semantic import DRAWING, Loss, SemanticNetwork, objective_of_images, own_keys, weighted
 
@@ -126,7 +126,8 @@ class LavitNetwork(SemanticNetwork):
         decoded = model.module.decoder(quantised.codes, keep)
         apart = weighted(feature_loss(features, decoded), weight)
         share = weighted(keep.mean(-1), weight)
-        pixels = weighted(model.module.pixels.losses(images, jax.lax.stop_gradient(decoded), noise), weight)
+        denoised = model.module.pixels.losses(images, jax.lax.stop_gradient(decoded), *noise_for(images, weight, noise))
+        pixels = weighted(denoised, weight)
         loss = apart + RATIO_WEIGHT * jnp.square(self.tokenizer.keep - share) + quantised.loss + pixels
         metrics = {"image_loss": pixels, "feature_loss": apart, "keep_ratio": share, "quantizer_loss": quantised.loss}
         return loss, (metrics, quantised.state)

@@ -32,7 +32,7 @@ from mmdiff.diffusion import grids, prediction
 from mmdiff.diffusion.loss import image_error
 from mmdiff.diffusion.schedule import make_schedule, time_of
 from mmdiff.diffusion.solvers import integrate, make_table
-from mmdiff.diffusion.times import sample_times
+from mmdiff.diffusion.times import sample_times, stratified
 from mmdiff.layout import patch_cells
 from mmdiff.models.image_layers import Conv, LayerNorm, Time, dense
 from mmdiff.models.patches import sincos
@@ -40,6 +40,12 @@ from mmdiff.models.transfusion import compute_type
 from mmdiff.models.uvit import Stack
 from mmdiff.nn.layers import gather, parameter
 from mmdiff.parallel.sharding import Placement
+
+
+def noise_for(images: jax.Array, there: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The numbers r [n] and noise [n, h, w, 3] of `PixelDecoder.losses`; `there` [n]: which images count."""
+    one, two = jax.random.split(key)
+    return stratified(there, one), jax.random.normal(two, images.shape)
 
 
 class PixelDecoder(nnx.Module):
@@ -95,12 +101,9 @@ class PixelDecoder(nnx.Module):
         fitting = jax.image.resize(square, (len(square), *self.grid, square.shape[-1]), "linear")
         return einops.rearrange(fitting, "n rows cols d -> n (rows cols) d")
 
-    def losses(self, images: jax.Array, condition: jax.Array, key: jax.Array) -> jax.Array:
-        """The diffusion loss of each image [n], at a time and with noise from `key`; float32."""
-        one, two = jax.random.split(key)
-        r = (jnp.arange(len(images)) + jax.random.uniform(one, (len(images),))) / len(images)  # evenly over the batch
-        u = sample_times(self.diffusion, jnp.clip(r, 1e-6, 1 - 1e-6))
-        eps = jax.random.normal(two, images.shape)
+    def losses(self, images: jax.Array, condition: jax.Array, r: jax.Array, eps: jax.Array) -> jax.Array:
+        """The diffusion loss of each image [n], float32, at times that r [n] stands for, with noise eps [n, h, w, 3]."""
+        u = sample_times(self.diffusion, r)
         alpha, sigma = (a[:, None, None, None] for a in make_schedule(self.diffusion)(u))
         output = self(alpha * images + sigma * eps, u, condition)
         flat = lambda a: a.reshape(len(images), -1)

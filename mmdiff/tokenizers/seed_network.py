@@ -30,7 +30,7 @@ from mmdiff.parallel.mesh import place_rows
 from mmdiff.pretrained.tower import Tower
 from mmdiff.tokenizers.lavit import feature_loss
 from mmdiff.tokenizers.network import UNTRAINED, Objective, Seen
-from mmdiff.tokenizers.pixel_decoder import PixelDecoder
+from mmdiff.tokenizers.pixel_decoder import PixelDecoder, noise_for
 from mmdiff.tokenizers.quantizers.base import Learning, Quantizer
 from mmdiff.tokenizers.seed import EMBEDDED, QUANTIZER, REBUILT, Between, Words, pair_losses
 from mmdiff.tokenizers.semantic import DRAWING, Loss, SemanticNetwork, objective_of_images, weighted
@@ -133,7 +133,7 @@ class SeedNetwork(SemanticNetwork):
         rebuilt = weighted(feature_loss(queries, between.queries(h)), weight)
         embedded = weighted(jnp.square(embedding - predicted).mean(-1), weight)
         condition = jax.lax.stop_gradient(predicted)[:, None]
-        pixels = weighted(model.module.pixels.losses(images, condition, noise), weight)
+        pixels = weighted(model.module.pixels.losses(images, condition, *noise_for(images, weight, noise)), weight)
         loss = QUANTIZER * quantised.loss + REBUILT * rebuilt + EMBEDDED * embedded + pixels
         metrics = {"image_loss": pixels, "query_loss": rebuilt, "embedding_loss": embedded, "quantizer_loss": quantised.loss}
         return loss, (metrics, quantised.state)

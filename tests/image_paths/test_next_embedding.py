@@ -97,6 +97,19 @@ def test_targets_learn_nothing_and_pixels_teach_no_vectors(made, rows):
     assert size(found["adapter"]) == 0 and size(found["decoder"]) > 0
 
 
+def test_rows_have_the_loss_that_they_have_alone(made, rows):
+    """So that a batch in pieces (training.accumulate) has the same gradient; and its images share the times among them."""
+    r, eps = next_embedding.noise(made.network, made.cfg, rows, jax.random.key(5))
+    of = jax.jit(lambda rows, *noise: next_embedding.losses(made.network, made.cfg, made.params, rows, *noise))
+    whole = of(rows, r, eps).image
+    pieces = [of(jax.tree.map(lambda a, i=i: a[i : i + 1], rows), r[i : i + 1], eps[i : i + 1]).image for i in range(2)]
+    np.testing.assert_allclose(sum(pieces), whole, rtol=1e-5)
+    assert abs(float(of(rows, r[::-1], eps[::-1]).image - whole)) > 1e-3
+    patch = np.asarray(rows.is_patch)
+    begins = patch & ~np.pad(patch[:, :-1], ((0, 0), (1, 0)))  # images do not touch
+    np.testing.assert_array_equal(np.floor(np.asarray(r)[begins] * 6), np.arange(6))
+
+
 def test_drawing_predicts_what_whole_rows_predict(made):
     """Each vector drawn is what the head says, uncached, behind the prompt and the vectors before it; pixels follow."""
     prompts = [Document("ab", IMG), Document("c", IMG)]

@@ -69,7 +69,13 @@ def test_arms_are_compared_on_equal_terms(ran):
     found = joint["summary"](records, "image_accuracy")
     assert found["raw", 0.5][0] == 0.75 and ("read", 1.0) not in found
     assert "| raw | 10 | 1e+09 | 2e+09 |" in joint["table"](records) and "1.500 (" in joint["table"](records)
-    assert joint["page"](records, claims).count("<svg") == 6
+    floor = joint["unseen"](settings["raw"].data, 100)
+    assert (
+        all(0.2 < floor[name] < 0.35 for name in ("caption_accuracy", "image_accuracy"))
+        and 0.4 < floor["question_accuracy"] < 0.6
+    )
+    page = joint["page"](records, claims, joint["beside"](settings["raw"].data, 100))
+    assert page.count("<svg") == 6 and f"question_accuracy {floor['question_accuracy']:.3f}" in page
 
 
 def test_the_picture_shows_the_results_that_are_there(ran, tmp_path):
@@ -94,7 +100,7 @@ def test_the_picture_shows_the_results_that_are_there(ran, tmp_path):
 
     line = panel(plots["cliff"], [cell]).lines[0]
     assert list(line.get_xdata()) == [4.0] and list(line.get_ydata()) == [pytest.approx(0.06)]
-    assert [bar.get_width() for bar in panel(plots["ledger"], rate).patches] == [640.0, 500.0, 9000.0]
+    assert [bar.get_width() for bar in panel(plots["ledger"], rate).patches] == [640.0, 500.0, 8500.0]  # without the header
     assert [list(line.get_xdata()) for line in panel(plots["rate"], rate).lines[::2]] == [[1005.0, 1010.0], [500.0, 640.0]]
     assert [bar.get_height() for bar in panel(plots["readers"], right).patches] == [0.9, 0.2]
     curve = plots["curves"]("systems.py", "image_accuracy")
@@ -153,7 +159,10 @@ def test_the_report_says_what_is_lost_won_and_open(ran, tmp_path):
     page = report["page"](tmp_path)
     assert "<p>DOES NOT HOLD: not so before training</p>" in page and "0.330, 0.330" in page
     assert page.count("what LaVIT's selector keeps") == 2  # random places, and waves
-    assert "of 3 comparisons 0 lost, 1 won, 2 open" in page and "cliff/results.jsonl" in page
+    assert (
+        "of 3 comparisons 0 lost, 1 won, 2 open; of the 2 of codes alone 0 lost, 1 won, 1 open" in page
+        and "cliff/results.jsonl" in page
+    )
     assert page.count("▲ 0.900<br>") == 1 and page.count("▼ 0.300<br>") == 1
     table = report["from_markdown"]("**words**\n\n| | bits | PSNR |\n| --- | --- | --- |\n| png | | inf |")
     assert table.startswith("<h3>words</h3>") and '<td data-name="bits"></td><td data-name="PSNR">inf</td>' in table

@@ -46,8 +46,14 @@ def test_attention_under_a_policy_is_the_formula():
     np.testing.assert_allclose(found, expected, atol=1e-6)
     np.testing.assert_allclose(found[0, :, 1], 1 / 5, atol=1e-6)  # nothing may be read: the mean of all
     np.testing.assert_allclose(found.sum(-1), 1, atol=1e-5)
-    free = lavit.policy_attention(jnp.asarray(scores, jnp.float32), jnp.ones((2, 1, 5)))
-    np.testing.assert_allclose(free, jax.nn.softmax(jnp.asarray(scores, jnp.float32)), atol=1e-5)
+    scores, policy = jnp.asarray(scores, jnp.float32), jnp.asarray(policy, jnp.float32)
+    free = lavit.policy_attention(scores, jnp.ones((2, 1, 5)))
+    np.testing.assert_allclose(free, jax.nn.softmax(scores), atol=1e-5)
+    # and so are its slopes, those at the largest score, too
+    values = jax.random.normal(jax.random.key(0), scores.shape)
+    among = lambda scores: jax.nn.softmax(jnp.where(policy[:, None] > 0, scores, -1e9))
+    slope = lambda weights: jax.grad(lambda scores: (weights(scores) * values)[:, :, policy.any(-1)[0]].sum())(scores)
+    np.testing.assert_allclose(slope(lambda scores: lavit.policy_attention(scores, policy)), slope(among), atol=1e-5)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))

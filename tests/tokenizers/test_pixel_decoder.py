@@ -9,7 +9,7 @@ from flax import nnx
 
 from mmdiff.config import Diffusion, Model, Sampling
 from mmdiff.parallel.sharding import Placement
-from mmdiff.tokenizers.pixel_decoder import PixelDecoder
+from mmdiff.tokenizers.pixel_decoder import PixelDecoder, noise_for
 
 CFG = Model(network="uvit", width=16, depth=1, patch=4, head_width=8, lossless=False, compute="float32")
 CONDITIONS = jnp.array([[[1.0, -1.0, 0.5]], [[-1.0, 0.5, 1.0]]])
@@ -31,9 +31,8 @@ def learnt():
     def train(params):
         def step(carry, number):
             params, opt_state = carry
-            loss = lambda p: (
-                nnx.merge(graph, p).losses(IMAGES, CONDITIONS, jax.random.fold_in(jax.random.key(0), number)).mean()
-            )
+            noise = noise_for(IMAGES, jnp.ones(2), jax.random.fold_in(jax.random.key(0), number))
+            loss = lambda p: nnx.merge(graph, p).losses(IMAGES, CONDITIONS, *noise).mean()
             value, grads = jax.value_and_grad(loss)(params)
             updates, opt_state = tx.update(grads, opt_state)
             return (optax.apply_updates(params, updates), opt_state), value
@@ -69,11 +68,20 @@ def test_the_loss_is_the_v_loss_of_the_prediction(learnt):
     _, params = nnx.split(model)
     watched = Watched(CFG, Diffusion(), Sampling(), (2, 2), (1, 3), nnx.Rngs(params=0), Placement(None))
     nnx.update(watched, params)
-    found = watched.losses(IMAGES, CONDITIONS, jax.random.key(3))
+    found = watched.losses(IMAGES, CONDITIONS, *noise_for(IMAGES, jnp.ones(2), jax.random.key(3)))
     ((z, u),) = seen
     error = jnp.square(model(z, u, CONDITIONS) - IMAGES).reshape(2, -1).mean(-1) / jnp.maximum(u, 0.05) ** 2
     np.testing.assert_allclose(found, error, rtol=1e-4)
     assert u[0] > u[1]  # one from each half of the distribution
+
+
+def test_images_that_count_share_the_times_among_them():
+    """Whatever stands between them: padding takes no part of the range."""
+    there = jnp.zeros(12).at[jnp.array([1, 2, 7, 11])].set(1.0)
+    images = jnp.zeros((12, 8, 8, 3))
+    numbers = np.stack([noise_for(images, there, jax.random.key(seed))[0][there > 0] for seed in range(50)])
+    assert (np.floor(numbers * 4) == np.arange(4)).all() and np.ptp(numbers[:, 0]) > 0.2
+    assert all(0 < r < 1 for r in noise_for(images, jnp.zeros(12), jax.random.key(0))[0])
 
 
 def test_vectors_of_places_go_to_the_patches_there():
