@@ -179,7 +179,7 @@ def _check_tokenizer(cfg: "Config") -> None:
         return
     name = f"model.network={model.network!r}"
     unread: tuple[str, ...] = AUTOENCODER_ONLY if model.network in SEMANTIC else SEMANTIC_ONLY
-    unread += {"lavit": ("stage",), "seed": ("deterministic", "keep", "causal", "places")}.get(model.network, ())
+    unread += {"lavit": ("stage",), "seed": ("deterministic", "keep", "causal")}.get(model.network, ())
     for field in (name for name in unread if (name, settings.quantizer) != ("tower", "v2l")):
         value, usual = getattr(settings, field), getattr(type(settings)(), field)
         require(value == usual, f"tokenizer.{field}={value!r} has no meaning with {name}; leave it at its default, {usual!r}.")

@@ -21,7 +21,7 @@ else:
 
 
 # of tokenizers with a frozen encoder; v2l, too, has a tower
-SEMANTIC_ONLY = ("encoder", "tower", "depth", "deterministic", "keep", "causal", "places", "stage")
+SEMANTIC_ONLY = ("encoder", "tower", "depth", "deterministic", "keep", "causal", "stage")
 AUTOENCODER_ONLY = ("error", "adversarial", "adversarial_start", "perceptual", "perceptual_weights")
 
 
@@ -78,9 +78,6 @@ class Tokenizer:
     """lavit: share of the patches that the selector is drawn to keep. 1: all of them, always, without a selector."""
     causal: bool = True
     """lavit: in the merger a kept patch reads those before it, as published; False: all that are kept."""
-    places: Literal["waves", "random"] = "waves"
-    """lavit: how the decoder's queries and places begin, to be learnt from there: as waves of row and column, alike where
-    patches touch; or as random numbers, as published, which tell each place from all others."""
     stage: Literal[1, 2] = 2
     """seed: 1 trains the Q-Former on images with texts; 2 freezes it (training.init names the run of stage 1) and trains the
     codes."""

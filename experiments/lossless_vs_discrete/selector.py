@@ -10,8 +10,7 @@ codes can name the place and the bits of a cell. The image's entropy is exactly
 
 Nothing tells the tokenizer (semantic.py:lavit, trained here on such images) what m is: its loss asks for a third of all patches
 of a batch, not of each image. Its encoder has random weights: features need only say what is in a patch. They are centred:
-where all features have most in common, as those of untrained networks do, nearly all of the loss is about that. Places of its
-decoder begin at random, as published: a cell has nothing to do with its neighbours. --places waves: as semantic.py has them.
+where all features have most in common, as those of untrained networks do, nearly all of the loss is about that.
 
 Measured on unseen images: the mean share that is kept; Spearman's rank correlation of an image's share with (1), and its
 bootstrap interval; how often cells with bits are kept, and how often plain ones. Which patches are kept is drawn, as in use, by
@@ -118,7 +117,6 @@ def settings(arguments: argparse.Namespace, seed: int) -> config.Config:
         "training.validation_rows": 64,
         "tokenizer.decay": 0.99,  # the usual codebook, for a long run
         "tokenizer.restart": 0.1,
-        "tokenizer.places": arguments.places,
         "tokenizer.encoder": str(arguments.encoder or encoder(arguments.workdir / "encoder")),
     }
     return replaced(load_experiment(f"{HERE / 'semantic.py'}:lavit"), changes)
@@ -205,7 +203,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--encoder", type=Path, metavar="FOLDER", help="another one, of 16 patches")
-    parser.add_argument("--places", choices=("random", "waves"), default="random", help="how those of the decoder begin")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--images", type=int, default=IMAGES, help="to learn from")
@@ -213,14 +210,14 @@ def main() -> int:
     written(arguments.workdir / "data", arguments.images)
     kept_in = arguments.workdir / "results.jsonl"
     records = [json.loads(line) for line in kept_in.read_text().splitlines()] if kept_in.is_file() else []
-    told = {"steps": arguments.steps, "encoder": str(arguments.encoder), "places": arguments.places}
-    same = lambda record: told.items() <= record.items()
+    same = lambda record: record["steps"] == arguments.steps and record["encoder"] == str(arguments.encoder)
     for seed in range(arguments.seeds):
         if any(same(record) and record["seed"] == seed for record in records):
             continue
-        workdir = arguments.workdir / f"{arguments.places}-{arguments.steps}" / f"seed-{seed}"
+        workdir = arguments.workdir / f"steps-{arguments.steps}" / f"seed-{seed}"
         joint.trained(settings(arguments, seed), workdir)
-        records.append({"seed": seed} | told | measured(mmdiff.load_tokenizer(workdir), TESTED))
+        told = {"seed": seed, "steps": arguments.steps, "encoder": str(arguments.encoder)}
+        records.append(told | measured(mmdiff.load_tokenizer(workdir), TESTED))
         with kept_in.open("a") as file:
             file.write(json.dumps(records[-1]) + "\n")
         print(f"seed {seed}: rank correlation {records[-1]['trained']['correlation']:.2f}", file=sys.stderr, flush=True)

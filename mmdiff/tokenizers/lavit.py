@@ -14,8 +14,8 @@ Selector, policies, causal order, decoding by rank and the loss are those of Jin
 Ours, since no training code of theirs is published: the decoder, too, reads its codes under the policy, so that the selector
 also learns what is worth saying; the selector learns nothing from Cross, where keeping a patch takes it from what the others
 read, and a gradient, which sees one thing at a time, does not see that its own code says it then; the codebook's own loss is
-that of mmdiff/tokenizers/quantizers/vq.py; queries and places begin as waves of row and column (tokenizer.places), for decoders
-that learn in a thousand steps where they stand.
+that of mmdiff/tokenizers/quantizers/vq.py; queries and places begin as waves of row and column, for decoders that learn in a
+thousand steps where they stand.
 
 Letters: b images, n patches, d width, h heads, m kept patches at most.
 """
@@ -158,14 +158,9 @@ class Merger(nnx.Module):
 class Decoder(nnx.Module):
     """Codes at the kept positions to a feature for every patch of a square of `count`."""
 
-    def __init__(
-        self, count: int, width: int, code_width: int, depth: int, heads: int, rngs: nnx.Rngs, *, places: str = "waves"
-    ):
-        """`places`: how they begin, "waves" or "random"."""
+    def __init__(self, count: int, width: int, code_width: int, depth: int, heads: int, rngs: nnx.Rngs):
         side = math.isqrt(count)
-        waves = lambda: sincos(jnp.asarray(patch_cells(side, side)[:, :2]), width)
-        noise = lambda: jax.random.normal(rngs.params(), (count, width)) * 0.02
-        table = lambda: nnx.Param({"waves": waves, "random": noise}[places]())
+        table = lambda: nnx.Param(sincos(jnp.asarray(patch_cells(side, side)[:, :2]), width))
         self.enter, self.place, self.queries = nnx.Linear(code_width, width, rngs=rngs), table(), table()
         self.layers = nnx.List([Layer(width, heads, rngs) for _ in range(depth)])
         self.norm = nnx.LayerNorm(width, rngs=rngs)

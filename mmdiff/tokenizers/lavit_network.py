@@ -50,7 +50,7 @@ class Parts(nnx.Module):
         self.tower, self.selector = Tower(tower, rngs), Selector(width, rngs)
         self.merger = Merger(width, settings.depth, tower.heads, rngs, causal=settings.causal)
         self.narrow = Narrow(width, code_width, rngs)
-        self.decoder = Decoder(tower.count, width, code_width, settings.depth, tower.heads, rngs, places=settings.places)
+        self.decoder = Decoder(tower.count, width, code_width, settings.depth, tower.heads, rngs)
         shape = network.cfg, network.diffusion, network.sampling, network.grid, (tower.count, width)
         self.pixels = PixelDecoder(*shape, rngs, network.place, square=True)
 

@@ -189,5 +189,3 @@ def test_what_does_not_fit_is_refused(folder):
         experiment("seed", folder, dataclasses.replace(SETTINGS, stage=1))
     with pytest.raises(ConfigError, match="deterministic=True has no meaning"):
         second_stage(folder, "one", dataclasses.replace(SETTINGS, deterministic=True))
-    with pytest.raises(ConfigError, match="places='random' has no meaning"):
-        second_stage(folder, "one", dataclasses.replace(SETTINGS, places="random"))
