@@ -111,7 +111,8 @@ def _check_images(cfg: "Config") -> None:
             f"at {field.default!r}.",
         )
     ignored = [*IMAGE_SAMPLING, *(["steps"] if layout.images not in ("masked_code", "next_embedding") else [])]
-    for other in [*ignored, *(["guidance"] if not layout.codes else [])]:
+    classified = layout.codes and layout.images != "next_vector"  # guidance mixes log-probabilities
+    for other in [*ignored, *([] if classified else ["guidance"])]:
         value, usual = getattr(cfg.sampling, other), getattr(type(cfg.sampling)(), other)
         require(
             value == usual, f"sampling.{other}={value!r} has no meaning with {name}; change that, or leave it at {usual!r}."

@@ -77,10 +77,10 @@ def test_whole_numbers_pass_for_floats():
     assert Config.from_json('{"optimizer": {"learning_rate": 1}}').optimizer.learning_rate == 1
 
 
-def with_codes(model=Model(), **groups):  # noqa: B008  frozen
+def with_codes(model=Model(), images="next_code", **groups):  # noqa: B008  frozen
     """Codes in place of patches."""
     data = Data(source="shapes", tokenizer="runs/vq")
-    return Config(layout=Layout(images="next_code"), data=data, model=model, **groups)
+    return Config(layout=Layout(images=images), data=data, model=model, **groups)
 
 
 INVALID = [
@@ -116,6 +116,7 @@ INVALID = [
     (lambda: Config(layout=Layout(images="read"), model=Model(zero_head=False)), "model.zero_head", "False"),
     (lambda: Config(layout=Layout(images="read", trailing_context=0.5)), "layout.trailing_context", "0.5"),
     (lambda: Config(layout=Layout(images="read"), sampling=Sampling(guidance=2.0)), "sampling.guidance", "2.0"),
+    (lambda: with_codes(images="next_vector", sampling=Sampling(guidance=2.0)), "sampling.guidance", "'next_vector'"),
     (lambda: Diffusion(time_std=0.0), "diffusion.time_std", "0.0"),
     (lambda: Diffusion(shift=-1.0), "diffusion.shift", "-1.0"),
     (lambda: Diffusion(clip=0.0), "diffusion.clip", "0.0"),
