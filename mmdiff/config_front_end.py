@@ -101,6 +101,11 @@ class FrontEnd:
             "an image.",
         )
         merger = self.kind == "merger"
+        require(
+            not merger or self.tokens <= tower.count,
+            f"front_end.tokens={self.tokens}: with front_end.kind='merger' at most the {tower.count} patches of "
+            f"front_end.tower can be kept; set it to {tower.count} or less.",
+        )
         require(not merger or bool(self.init), "front_end.kind='merger' needs front_end.init, the run of a LaVIT tokenizer.")
         require(
             not merger or (self.names, self.skipped, self.frozen) == ("clip", 1, True),

@@ -22,6 +22,7 @@ from mmdiff.config import (
     Optimizer,
     Sampling,
     Tokenizer,
+    Tower,
     Training,
 )
 
@@ -83,6 +84,7 @@ def with_codes(model=Model(), images="next_code", **groups):  # noqa: B008  froz
     return Config(layout=Layout(images=images), data=data, model=model, **groups)
 
 
+TOWER = Tower(side=32, patch=8, width=16, hidden=16, depth=2, heads=2)
 INVALID = [
     (lambda: Model(width=0), "model.width", "0"),
     (lambda: FewStep(share=0.0), "few_step.share", "0.0"),
@@ -133,6 +135,7 @@ INVALID = [
     (lambda: Optimizer(eps=0.0), "optimizer.eps", "0.0"),
     (lambda: FrontEnd(kind="pool"), "front_end.kind", "'pool' must be one of 'none', 'linear', "),
     (lambda: FrontEnd(kind="mlp"), "front_end.encoder", "mlp"),
+    (lambda: FrontEnd(kind="merger", encoder="clip", init="lavit", tower=TOWER, tokens=17), "front_end.tokens", "17"),
     (lambda: Optimizer(weight_decay=-1.0), "optimizer.weight_decay", "-1.0"),
     (lambda: Optimizer(clip=-1.0), "optimizer.clip", "-1.0"),
     (lambda: Training(steps=0), "training.steps", "0"),
