@@ -129,17 +129,19 @@ class Tokenizer:
             require(value >= 1, f"tokenizer.{name}={value} must be at least 1.")
         if self.quantizer == "v2l":
             require(bool(self.words), "tokenizer.words must name a file of words; experiments/frozen_lm/words.py makes one.")
-            tower = self.tower
+            require(
+                1 <= self.global_tokens <= self.global_codes,
+                f"tokenizer.global_tokens={self.global_tokens} must be from 1 to tokenizer.global_codes={self.global_codes}.",
+            )
+        tower = self.tower
+        if self.quantizer == "v2l" or tower != Tower():
+            told = "take all of it from the file of words" if self.quantizer == "v2l" else "leave it out, training reads it"
             require(
                 min(tower.side, tower.patch, tower.width, tower.heads) >= 1
                 and tower.side % tower.patch == 0
                 and tower.width % tower.heads == 0,
                 f"tokenizer.tower: side={tower.side} must be a multiple of patch={tower.patch}, and width={tower.width} of "
-                f"heads={tower.heads}: take all of it from the file of words.",
-            )
-            require(
-                1 <= self.global_tokens <= self.global_codes,
-                f"tokenizer.global_tokens={self.global_tokens} must be from 1 to tokenizer.global_codes={self.global_codes}.",
+                f"heads={tower.heads}: {told}.",
             )
         require(self.latents >= 0, f"tokenizer.latents={self.latents} must not be negative (0: one code for each patch).")
         require(0 < self.keep <= 1, f"tokenizer.keep={self.keep} must be above 0, and at most 1.")

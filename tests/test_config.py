@@ -94,6 +94,8 @@ INVALID = [
     (lambda: Tokenizer(quantizer="lfq", gradient="rotation"), "tokenizer.gradient", "'rotation'"),
     (lambda: Tokenizer(quantizer="pq"), "tokenizer.quantizer", "'pq' must be one of 'vq', "),
     (lambda: Tokenizer(perceptual=0.5), "tokenizer.perceptual", "0.5"),
+    (lambda: Tokenizer(tower=Tower(side=32)), "tokenizer.tower", "patch=0"),
+    (lambda: Tokenizer(tower=Tower(activation="gelu")), "tokenizer.tower", "side=0"),
     (lambda: Model(depth=-1), "model.depth", "-1"),
     (lambda: Model(width=40, patch=4), "model.width", "40"),
     (lambda: Model(key_width=6), "model.key_width", "6"),
