@@ -3,7 +3,7 @@
 import dataclasses
 from typing import TYPE_CHECKING
 
-from mmdiff.config_model import DENSE_LIMIT, RAW_ONLY, SEMANTIC, TOKENIZERS, ConfigError, require
+from mmdiff.config_model import AUTOENCODERS, DENSE_LIMIT, RAW_ONLY, SEMANTIC, TOKENIZERS, ConfigError, require
 from mmdiff.config_tokenizer import AUTOENCODER_ONLY, SEMANTIC_ONLY
 
 if TYPE_CHECKING:
@@ -179,6 +179,10 @@ def _check_tokenizer(cfg: "Config") -> None:
         )
         return
     name = f"model.network={model.network!r}"
+    require(
+        model.network in AUTOENCODERS or settings.quantizer != "v2l",
+        f"tokenizer.quantizer='v2l' codes pixels under words, and {name} what an encoder says: change one of them.",
+    )
     unread: tuple[str, ...] = AUTOENCODER_ONLY if model.network in SEMANTIC else SEMANTIC_ONLY
     unread += {"lavit": ("stage",), "seed": ("deterministic", "keep", "causal")}.get(model.network, ())
     for field in (name for name in unread if (name, settings.quantizer) != ("tower", "v2l")):

@@ -11,7 +11,7 @@ import pytest
 
 import mmdiff
 from mmdiff.config import Config, ConfigError, Data, Layout, Model, Optimizer, Tokenizer, Tower, Training
-from mmdiff.config_files import load_experiment
+from mmdiff.config_files import load_experiment, replaced
 from mmdiff.document import IMG, DataError, Document
 from mmdiff.in_context.prompts import image_words
 from mmdiff.layout import ImagePiece, ImagePlan, lay_out, pack, patchify, stack
@@ -208,6 +208,10 @@ def test_what_cannot_work_is_refused(folder):
     with pytest.raises(ConfigError, match=r"tokenizer\.latents=4"):
         experiment(folder, latents=4)
     cfg = experiment(folder)
+    for network, latents in (("lavit", 0), ("seed", 0), ("seed", 8)):
+        change = {"model.network": network, "tokenizer.latents": latents, "tokenizer.encoder": "clip", "training.init": "one"}
+        with pytest.raises(ConfigError, match=rf"quantizer='v2l' .* model\.network='{network}'"):
+            replaced(cfg, change)
     with pytest.raises(ConfigError, match=r"must be a multiple of patch"):
         experiment(folder, tower=dataclasses.replace(cfg.tokenizer.tower, side=30))
     with pytest.raises(ConfigError, match=r"model\.depth=1"):
