@@ -1,7 +1,8 @@
 """What must hold between the groups of a configuration (a part of mmdiff/config.py)."""
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from mmdiff.config_model import AUTOENCODERS, DENSE_LIMIT, RAW_ONLY, SEMANTIC, TOKENIZERS, ConfigError, require
 from mmdiff.config_tokenizer import AUTOENCODER_ONLY, SEMANTIC_ONLY
@@ -9,7 +10,8 @@ from mmdiff.config_tokenizer import AUTOENCODER_ONLY, SEMANTIC_ONLY
 if TYPE_CHECKING:
     from mmdiff.config import Config
 
-IMAGE_SAMPLING = ("solver", "grid", "sigma_max", "sigma_min", "guidance_interval", "guidance_rescale")  # of denoising
+GUIDING = ("guidance_interval", "guidance_rescale")  # how guidance acts on denoising
+IMAGE_SAMPLING = ("solver", "grid", "sigma_max", "sigma_min", *GUIDING)  # of denoising
 
 
 def check(cfg: "Config") -> None:
@@ -103,28 +105,17 @@ def _check_images(cfg: "Config") -> None:
     if layout.images == "denoised":
         return
     require(not model.step_input and cfg.few_step.objective == "none", f"{name} has no few-step training.")
-    for field in dataclasses.fields(cfg.diffusion):
-        value = getattr(cfg.diffusion, field.name)
-        require(
-            value == field.default or field.name == "image_scale",
-            f"diffusion.{field.name}={value!r} has no meaning with {name}, which does not denoise; change that, or leave it "
-            f"at {field.default!r}.",
-        )
+    fields = (field.name for field in dataclasses.fields(cfg.diffusion) if field.name != "image_scale")
+    _unread("diffusion", cfg.diffusion, fields, f"{name}, which does not denoise")
     ignored = [*IMAGE_SAMPLING, *(["steps"] if layout.images not in ("masked_code", "next_embedding") else [])]
     classified = layout.codes and layout.images != "next_vector"  # guidance mixes log-probabilities
-    for other in [*ignored, *([] if classified else ["guidance"])]:
-        value, usual = getattr(cfg.sampling, other), getattr(type(cfg.sampling)(), other)
-        require(
-            value == usual, f"sampling.{other}={value!r} has no meaning with {name}; change that, or leave it at {usual!r}."
-        )
+    _unread("sampling", cfg.sampling, [*ignored, *([] if classified else ["guidance"])], name)
     unread: tuple[str, ...] = RAW_ONLY
     if cfg.front_end.kind != "none":
         unread, name = (*RAW_ONLY, "places"), f"front_end.kind={cfg.front_end.kind!r}"
     elif not layout.codes:
         unread = ("time", "time_embedding", "patch_head", "zero_head")
-    for other in unread:
-        value, usual = getattr(model, other), getattr(type(model)(), other)
-        require(value == usual, f"model.{other}={value!r} has no meaning with {name}; change that, or leave it at {usual!r}.")
+    _unread("model", model, unread, name)
     name, usual = f"layout.images={layout.images!r}", type(layout)().trailing_context
     require(
         layout.blocks or layout.trailing_context == usual,
@@ -185,9 +176,14 @@ def _check_tokenizer(cfg: "Config") -> None:
     )
     unread: tuple[str, ...] = AUTOENCODER_ONLY if model.network in SEMANTIC else SEMANTIC_ONLY
     unread += {"lavit": ("stage",), "seed": ("deterministic", "keep", "causal")}.get(model.network, ())
-    for field in (name for name in unread if (name, settings.quantizer) != ("tower", "v2l")):
-        value, usual = getattr(settings, field), getattr(type(settings)(), field)
-        require(value == usual, f"tokenizer.{field}={value!r} has no meaning with {name}; leave it at its default, {usual!r}.")
+    _unread("tokenizer", settings, (field for field in unread if (field, settings.quantizer) != ("tower", "v2l")), name)
+    if model.network in SEMANTIC:
+        _unread("diffusion", cfg.diffusion, ("image_scale",), name)
+        _unread("sampling", cfg.sampling, ("guidance", *GUIDING), f"{name}, whose pixels follow no text")
+    else:
+        by = f"{name}, which does not denoise"
+        _unread("diffusion", cfg.diffusion, (field.name for field in dataclasses.fields(cfg.diffusion)), by)
+        _unread("sampling", cfg.sampling, (*IMAGE_SAMPLING, "steps", "guidance"), by)
     require(
         settings.latents == 0 or model.network in ("vit_autoencoder", "seed"),
         f"tokenizer.latents={settings.latents} needs model.network='vit_autoencoder' or 'seed'; 0 is one code for each patch.",
@@ -231,6 +227,13 @@ def _check_semantic(cfg: "Config") -> None:
             "tokenizer.stage=1 reads images with their texts and draws nothing: set layout.markers=True, layout.images='read' "
             "and training.sample_every=0.",
         )
+
+
+def _unread(group: str, settings: Any, names: Iterable[str], by: str) -> None:
+    """Refuses fields of a group that differ from their defaults, and that nothing reads."""
+    for name in names:
+        value, usual = getattr(settings, name), getattr(type(settings)(), name)
+        require(value == usual, f"{group}.{name}={value!r} has no meaning with {by}; change that, or leave it at {usual!r}.")
 
 
 def _check_mesh(cfg: "Config") -> None:

@@ -117,12 +117,19 @@ class Tokenizer:
         names = ", ".join(map(repr, HEEDED))
         require(self.quantizer in HEEDED, f"tokenizer.quantizer={self.quantizer!r} must be one of {names}.")
         told = {name for names in HEEDED.values() for name in names} - set(HEEDED[self.quantizer])
+        unread = dict.fromkeys(told, f"tokenizer.quantizer={self.quantizer!r}")
+        if self.update == "loss":
+            unread |= dict.fromkeys(("decay", "restart"), "tokenizer.update='loss'")
+        if self.keep == 1:
+            unread["deterministic"] = "tokenizer.keep=1"
+        if self.adversarial == 0:
+            unread["adversarial_start"] = "tokenizer.adversarial=0"
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             require(
-                field.name not in told or value == field.default,
-                f"tokenizer.{field.name}={value!r} has no meaning with tokenizer.quantizer={self.quantizer!r}; leave it at its "
-                f"default, {field.default!r}, or change tokenizer.quantizer.",
+                field.name not in unread or value == field.default,
+                f"tokenizer.{field.name}={value!r} has no meaning with {unread.get(field.name)}; leave it at its default, "
+                f"{field.default!r}, or change that.",
             )
         for name in ("codes", "code_width", "depth"):
             value = getattr(self, name)

@@ -61,7 +61,7 @@ def _frozen_flops(network: Network, rows: Rows) -> float:
 
 def _tokenizer_flops(cfg: config.Config, vocabulary_size: int) -> float:
     """The same of a tokenizer without its discriminator and its perceptual distance; v2l's tower counts as the rest."""
-    plain = dataclasses.replace(cfg.tokenizer, adversarial=0.0, perceptual=0.0, perceptual_weights="")
+    plain = dataclasses.replace(cfg.tokenizer, adversarial=0.0, adversarial_start=0, perceptual=0.0, perceptual_weights="")
     cfg = dataclasses.replace(cfg, tokenizer=plain)
     network = TokenizerNetwork.of(cfg, None, vocabulary_size)
     params, key = jax.eval_shape(network.init, jax.random.key(0)), jax.eval_shape(lambda: jax.random.key(0))

@@ -21,6 +21,7 @@ from mmdiff.tokenizers.network import TokenizerNetwork
 from mmdiff.tokenizers.quantizers.base import Learning
 from mmdiff.tokenizers.training import losses, make_tokenizer_step
 from mmdiff.training import state as train_state
+from mmdiff.training.flops import training_flops
 from mmdiff.training.optimizer import make_optimizer
 
 from .tiny import MODELS, QUANTIZERS, SIZE, experiment
@@ -184,6 +185,7 @@ def test_the_discriminator_waits_for_its_start():
         seen.append(jax.tree.leaves(state.params["discriminator"]))
     same = [all((a == b).all() for a, b in zip(one, two, strict=True)) for one, two in itertools.pairwise(seen)]
     assert same == [True, True, False]
+    assert training_flops(cfg, 0) == training_flops(experiment("vit", ADVERSARIAL), 0) > 0  # not counted, with or without
 
 
 # The perceptual distance.
