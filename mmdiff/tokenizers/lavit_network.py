@@ -4,10 +4,11 @@
     codes = quantise(z) where k = 1;  y = decoder(codes, k)
     (1) loss = mean (1 - cos(f, y)) + 2 (rho - mean k)^2 + quantizer's own terms + denoising loss of pixels given y
 
-In training all positions are worked through under the policies of lavit.py; in use the kept ones alone, to the same result.
-Which ones are kept is drawn at random also in use, as published, from a key that the image's own pixels determine;
-tokenizer.deterministic takes the likelier choice. An image keeps at least one patch: the one with the best chance. With
-tokenizer.keep=1 there is no choice: every image has a code for each patch.
+Means are over the batch, that of k as well: images may differ in length for free (lavit.py). In training all positions are
+worked through under the policies of lavit.py; in use the kept ones alone, to the same result. Which ones are kept is drawn at
+random also in use, as published, from a key that the image's own pixels determine; tokenizer.deterministic takes the likelier
+choice. An image keeps at least one patch: the one with the best chance. With tokenizer.keep=1 there is no choice: every image
+has a code for each patch.
 
 Places of kept patches are not transmitted: the decoder knows only their order. In a document the k codes stand in one row, and
 its length is written first, `[IMG] <rows 1> <cols k>`, where LaVIT's language model writes [/IMG] when it has written enough.
