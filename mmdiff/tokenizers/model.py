@@ -149,15 +149,26 @@ class Tokenizer:
         """Images uint8 [n, h, w, 3] of ids int [n, l]; of a dynamic tokenizer also of n arrays [k] of any lengths.
 
         Raises:
-          DataError: ids of a length that an image cannot have, or that do not exist.
+          DataError: ids that are no integers, that do not exist, or as many as an image cannot have.
         """
-        rows, most = [np.asarray(row) for row in ids], self.network.length
-        lengths = {len(row) if row.ndim == 1 else -1 for row in rows}
-        fit = all(1 <= length <= most if self.dynamic else length == most for length in lengths)
-        if not fit or any(not 0 <= row.min() <= row.max() < self.codes for row in rows if row.size):
-            told = f"1 to {most}" if self.dynamic else f"{most}"
-            found = f"{np.shape(ids)}" if fit else f"of lengths {sorted(lengths)}"
-            raise DataError(f"ids {found}: this tokenizer decodes {told} for each image, from 0 to {self.codes - 1}.")
+        most = self.network.length
+        least = 1 if self.dynamic else most
+        counts = f"{least} to {most}" if self.dynamic else f"{most}"
+        told = f"this tokenizer decodes {counts} for each image, from 0 to {self.codes - 1}."
+        try:
+            rows = [np.asarray(row) for row in ids]
+        except (TypeError, ValueError) as error:
+            raise DataError(f"ids are no rows of integers ({error}): {told}") from error
+        for number, row in enumerate(rows):
+            if row.ndim != 1 or not least <= len(row) <= most:
+                found = f"of shape {row.shape}"
+            elif row.dtype.kind not in "iu":
+                found = f"of type {row.dtype}, no integers"
+            elif not 0 <= row.min() <= row.max() < self.codes:
+                found = f"from {row.min()} to {row.max()}"
+            else:
+                continue
+            raise DataError(f"ids[{number}] {found}: {told}")
         filled = np.full((len(rows), most), -1, np.int32)
         for row, given in zip(filled, rows, strict=True):
             row[: len(given)] = given

@@ -98,9 +98,20 @@ def test_images_have_codes_of_their_own_length_and_come_back_from_any(tokenizer)
     assert drawn.shape == (COUNT, 32, 32, 3) and len({image.tobytes() for image in drawn}) == COUNT
     others = tokenizer.encode(images, seed=1)
     assert any(len(a) != len(b) or (a != b).any() for a, b in zip(ids, others, strict=True))
-    for wrong in ([[]], [np.zeros(COUNT + 1, int)], [[24]], [[-1, 3]]):
-        with pytest.raises(DataError, match="decodes 1 to 16 for each image, from 0 to 23"):
+    for wrong, what in (
+        ([[]], r"ids\[0\] of shape \(0,\)"),
+        ([np.zeros(COUNT + 1, int)], r"ids\[0\] of shape \(17,\)"),
+        ([[24]], r"ids\[0\] from 24 to 24"),
+        ([[1, 2], [-1, 3, 4]], r"ids\[1\] from -1 to 4"),  # of different lengths
+        ([[0.5]], "of type float64, no integers"),
+        ([["1"]], "of type <U1, no integers"),
+        (["12"], r"of shape \(\)"),
+        ([ids], "ids are no rows of integers"),
+        (5, "ids are no rows of integers"),
+    ):
+        with pytest.raises(DataError, match=what + ".*: this tokenizer decodes 1 to 16 for each image, from 0 to 23") as told:
             tokenizer.decode(wrong)
+        assert "\n" not in str(told.value)
 
 
 def test_the_likelier_choice_draws_nothing(tokenizer):
