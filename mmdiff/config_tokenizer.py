@@ -96,7 +96,7 @@ class Tokenizer:
     entropy: float = 0.1
     """lfq, bsq: weight of the entropy term."""
     words: str = ""
-    """v2l: file of words and their embeddings (mmdiff/tokenizers/v2l/words.py), read when training starts."""
+    """v2l: file of words and their embeddings (mmdiff/tokenizers/v2l/words.py), read when a run begins."""
     global_codes: int = 1
     """v2l: size of the global codebook."""
     global_tokens: int = 8

@@ -189,8 +189,15 @@ class TokenizerNetwork:
         return named(nnx.to_pure_dict(nnx.state(self._module(key)))) | {"quantizer": params, UNTRAINED: codebook}
 
     def given(self) -> dict[str, Any]:
-        """Parameters that come from elsewhere, as arrays of the host: those of a frozen encoder."""
-        return {}
+        """Parameters that come from elsewhere: those of a frozen encoder, and words.
+
+        Raises:
+          DataError, ConfigError: a file or folder does not hold what it should.
+        """
+        if not isinstance(self.quantizer, V2L):
+            return {}
+        params, codebook = self.quantizer.given()
+        return {"quantizer": params, UNTRAINED: codebook}
 
     def inherited(self, params: dict[str, Any]) -> dict[str, Any]:
         """What of another run's parameters (training.init) this network starts from."""

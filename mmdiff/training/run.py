@@ -19,7 +19,7 @@ from mmdiff.data.vocabulary import Vocabulary
 from mmdiff.models.network import Network
 from mmdiff.parallel.distributed import is_first
 from mmdiff.tokenizers.model import Tokenizer, load_tokenizer
-from mmdiff.tokenizers.network import TokenizerNetwork
+from mmdiff.tokenizers.network import UNTRAINED, TokenizerNetwork
 from mmdiff.tokenizers.training import trained_alone
 from mmdiff.training import state as train_state
 from mmdiff.training.checkpoint import restore_params
@@ -53,8 +53,8 @@ class Run:
         return train_state.create(params, self.tx, self.cfg.training.seed, frozen)
 
     def first_state(self) -> TrainState:
-        """`new_state` on the mesh, its parameters those of `training.init` as far as that has them; those of a frozen encoder
-        or of a front end come along, or from their folders.
+        """`new_state` on the mesh, its parameters those of `training.init` as far as that has them; those of a frozen encoder,
+        of words or of a front end come along, or from their files.
 
         Raises:
           ConfigError: the other run's parameters do not fit. DataError: it is no run, or a folder does not hold what it should.
@@ -64,7 +64,7 @@ class Run:
         given = restore_params(Path(init) / "checkpoints")[0] if init else {}
         if isinstance(self.network, TokenizerNetwork):
             given = self.network.inherited(given)
-            if not set(self.network.frozen) & given.keys():
+            if not {*self.network.frozen, UNTRAINED} & given.keys():
                 given = self.network.given() | given
         elif TOWER not in given:
             given = front_end_parameters(self.cfg.front_end, self.cfg.model.width) | given

@@ -9,7 +9,7 @@ from mmdiff.document import DataError
 
 # fields that a resumed run may change: how often it reports, how it samples, what it runs on, where its first parameters lie
 REPORTS = ("log_every", "checkpoint_every", "keep", "keep_every", "sample_every", "validate_every", "watchdog")
-FREE = {f"training.{name}" for name in (*REPORTS, "init")} | {"front_end.encoder", "front_end.init"}
+FREE = {f"training.{name}" for name in (*REPORTS, "init")} | {"front_end.encoder", "front_end.init", "tokenizer.words"}
 FREE_GROUPS = ("sampling.", "mesh.")
 
 

@@ -85,7 +85,8 @@ def test_holes_are_filled_with_the_last_token_shown():
 
 def test_tasks_are_measured_once_and_told_in_tables(tmp_path, monkeypatch, capsys):
     cfg = experiment(tmp_path)
-    params = jax.jit(TokenizerNetwork.of(cfg).init)(jax.random.key(0))
+    network = TokenizerNetwork.of(cfg)
+    params = jax.jit(network.init)(jax.random.key(0)) | network.given()
     which = language()
     sizes = SIZES | {"num_hidden_layers": 2, "vocab_size": 300, "tie_word_embeddings": True}
     save_module(nnx.merge(which.graph, which.params), tmp_path / "language", sizes)

@@ -1,6 +1,7 @@
 """Codes that are words: what is chosen, what is frozen, what passes through the decoder, and what travels with it."""
 
 import dataclasses
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from mmdiff.config_files import load_experiment, replaced
 from mmdiff.document import IMG, DataError, Document
 from mmdiff.in_context.prompts import image_words
 from mmdiff.layout import ImagePiece, ImagePlan, lay_out, pack, patchify, stack
+from mmdiff.parallel.mesh import make_mesh
 from mmdiff.pretrained.encoder import normalised
 from mmdiff.tokenizers.model import Tokenizer as Trained
 from mmdiff.tokenizers.network import TokenizerNetwork
@@ -24,8 +26,10 @@ from mmdiff.tokenizers.training import make_tokenizer_step
 from mmdiff.tokenizers.v2l import expand
 from mmdiff.tokenizers.v2l.words import read_words
 from mmdiff.training import state as train_state
+from mmdiff.training.checkpoint import restore_params
 from mmdiff.training.loop import train
 from mmdiff.training.optimizer import make_optimizer
+from mmdiff.training.run import build
 from tests.in_context.tiny import GLOBAL, TOWERS, WIDTH, experiment, language, pixels, towers, words
 
 
@@ -34,11 +38,16 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("v2l")
 
 
+def fresh(network, seed=0):
+    """Parameters as a run starts with them."""
+    return jax.jit(network.init)(jax.random.key(seed)) | network.given()
+
+
 @pytest.fixture(scope="module")
 def made(folder):
     """A tokenizer with nothing at its starting point."""
     cfg = experiment(folder)
-    params = jax.jit(TokenizerNetwork.of(cfg).init)(jax.random.key(0))
+    params = fresh(TokenizerNetwork.of(cfg))
     moved = {
         n: jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), part) for n, part in params.items()
     }
@@ -82,8 +91,8 @@ def test_local_words_are_the_nearest_after_the_map(made):
     error = np.square(own - table[ids]).mean()
     np.testing.assert_allclose(found.loss, (MAP_WEIGHT + 1) * error, rtol=1e-4)
     np.testing.assert_array_equal(found.codes, model.codes(found.ids))
-    fresh, _ = network.quantizer.init(jax.random.key(0))
-    start = words().local @ np.asarray(fresh["map"]) + np.asarray(fresh["shift"])
+    first, _ = network.quantizer.given()
+    start = words().local @ np.asarray(first["map"]) + np.asarray(first["shift"])
     np.testing.assert_allclose(start.mean(0), 0, atol=1e-5)
     np.testing.assert_allclose(np.square(start).sum(-1).mean(), 1, rtol=1e-4)
 
@@ -92,7 +101,7 @@ def test_local_words_are_the_nearest_after_the_map(made):
 def test_local_codes_only_say_which_words_are_read(model, folder):
     """With all words alike, nothing else of the image passes, unless what is read is added."""
     cfg = experiment(folder, model)
-    params = jax.jit(TokenizerNetwork.of(cfg).init)(jax.random.key(0))
+    params = fresh(TokenizerNetwork.of(cfg))
     ids = np.random.default_rng(0).integers(0, 300, (2, 20)).astype(np.int32)
 
     def apart(residual: bool, words) -> float:
@@ -111,7 +120,7 @@ def test_a_step_moves_the_map_and_the_halves_and_leaves_words_and_tower(folder):
     cfg = experiment(folder)
     network = TokenizerNetwork.of(cfg)
     tx, _ = make_optimizer(dataclasses.replace(cfg.optimizer, weight_decay=0.1), 4)
-    state = train_state.create(jax.jit(network.init)(jax.random.key(1)), tx, 0)
+    state = train_state.create(fresh(network, 1), tx, 0)
     laid = [
         lay_out([ImagePiece(patchify(image, 8), 4, 4)], [ImagePlan(False, 1)], None, cfg.layout, patch_values=192)[0]
         for image in pixels(4)
@@ -128,6 +137,24 @@ def test_a_step_moves_the_map_and_the_halves_and_leaves_words_and_tower(folder):
     moved = lambda part: jax.tree.map(lambda a, b: bool((a != b).any()), state.params[part], before.params[part])
     assert moved("quantizer") == {"map": True, "shift": True}
     assert moved("decoder")["read"]["v"]["kernel"] and moved("encoder")["patch_in"]["kernel"]
+
+
+def test_a_run_starts_with_the_words_of_its_file_and_goes_on_without_it(tmp_path):
+    changes = {"training.sample_every": 0, "training.validate_every": 0, "training.checkpoint_every": 1}
+    cfg, run = replaced(experiment(tmp_path), changes), tmp_path / "run"
+    train(cfg, run)
+    once = restore_params(run / "checkpoints")[0]
+    shutil.rmtree(run / "checkpoints" / "2")  # as if it had been killed before that was written
+    moved = replaced(cfg, {"tokenizer.words": str(tmp_path / "elsewhere")})
+    (tmp_path / "words.safetensors").unlink()
+    train(moved, run)
+    jax.tree.map(np.testing.assert_array_equal, restore_params(run / "checkpoints")[0], once)
+    jax.tree.map(np.testing.assert_array_equal, once["codebook"], words().arrays())
+    with pytest.raises(DataError, match="elsewhere: no such file of words"):
+        train(moved, tmp_path / "fresh")
+    more = replaced(moved, {"training.init": str(run)})  # that has the words
+    state = build(more, tmp_path / "more", make_mesh(more.mesh, more.training)).first_state()
+    jax.tree.map(np.testing.assert_array_equal, state.params["codebook"], once["codebook"])
 
 
 def test_a_model_of_next_codes_draws_with_it(made, tmp_path, monkeypatch):
@@ -164,7 +191,7 @@ def test_files_of_words(folder, tmp_path):
         ({"tower": Tower(side=8, patch=4, width=16, depth=1, heads=2)}, "tower="),
     ):
         with pytest.raises(ConfigError, match=rf"tokenizer\.{what}"):
-            TokenizerNetwork.of(experiment(folder, **change)).init(jax.random.key(0))
+            TokenizerNetwork.of(experiment(folder, **change)).given()
 
 
 def test_texts_are_cut_into_pieces_as_the_towers_folder_says(tmp_path, monkeypatch):

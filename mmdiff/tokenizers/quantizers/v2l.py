@@ -27,7 +27,7 @@ from flax import nnx
 
 from mmdiff import config
 from mmdiff.config import Tokenizer, require
-from mmdiff.pretrained.tower import Tower, numbered
+from mmdiff.pretrained.tower import Tower, named, numbered
 from mmdiff.tokenizers import codebook
 from mmdiff.tokenizers.quantizers.base import Arrays, Learning, Quantized, squared_error, straight_through
 from mmdiff.tokenizers.v2l.words import read_words
@@ -58,7 +58,7 @@ class V2L:
     width: int
     tower: config.Tower
     words: str
-    """File that `init` takes the frozen part from; nothing else needs it."""
+    """File that `given` takes the frozen part from; nothing else needs it."""
     commitment: float = 1.0
 
     @property
@@ -75,6 +75,18 @@ class V2L:
         return self.count * math.log2(self.global_)
 
     def init(self, key: jax.Array) -> tuple[Arrays, Any]:
+        """Zeros for words and tower, so that shapes need no file; `given` has what they are, and where the map starts."""
+        tower = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Tower(self.tower, nnx.Rngs(0)))))
+        empty = {"local": jnp.zeros((self.local, self.width)), "global": jnp.zeros((self.global_, self.width))}
+        empty |= {"tower": jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), named(tower))}
+        return {"map": jnp.eye(self.width), "shift": jnp.zeros(self.width)}, empty
+
+    def given(self) -> tuple[Arrays, Any]:
+        """(params, state) with the words and the tower of the file.
+
+        Raises:
+          DataError: it is no file of words. ConfigError: one of other sizes.
+        """
         words = read_words(self.words)
         for name, found, field in (
             ("codes", words.local.shape[0], self.local),
@@ -84,9 +96,14 @@ class V2L:
         ):
             require(found == field, f"tokenizer.{name}={field}, and {self.words} has {found}: set it to that.")
         state = words.arrays()
-        centre = state["local"].mean(0)
-        scale = jax.lax.rsqrt(jnp.square(state["local"] - centre).sum(-1).mean())
-        return {"map": scale * jnp.eye(self.width), "shift": -scale * centre}, state
+
+        @jax.jit  # with the words as a constant: another program adds in another order, and a run would begin with other bits
+        def start() -> Arrays:
+            centre = state["local"].mean(0)
+            scale = jax.lax.rsqrt(jnp.square(state["local"] - centre).sum(-1).mean())
+            return {"map": scale * jnp.eye(self.width), "shift": -scale * centre}
+
+        return start(), state
 
     def seen(self, state: Any, images: jax.Array, z: jax.Array) -> jax.Array:
         """[f k times; z] of images [n, h, w, 3] in [-1, 1] and z [n, l, e]."""
