@@ -45,12 +45,32 @@ class Words(nnx.Module):
         return self.embedding[...][tokens] + self.place[: tokens.shape[1]]
 
 
+@jax.custom_vjp
+def scale_of(log_scale: jax.Array) -> jax.Array:
+    """s = exp(log_scale), WARMEST at most. Up there only a gradient that makes it smaller passes, so that it neither goes on
+    growing nor stays for ever; CLIP clamps the parameter after every step."""
+    return jnp.minimum(jnp.exp(log_scale), WARMEST)
+
+
+def _scale_forward(log_scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    scale = scale_of(log_scale)
+    return scale, scale
+
+
+def _scale_backward(scale: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    slope = gradient * scale
+    return (jnp.where(scale < WARMEST, slope, jnp.maximum(slope, 0.0)),)  # descent goes against it
+
+
+scale_of.defvjp(_scale_forward, _scale_backward)
+
+
 def contrast(former: QFormer, words: Words, features: jax.Array, tokens: jax.Array, real: jax.Array):
     """s a_i . b_j, float32 [n, n], of images and texts that do not read each other."""
     mask = reading(len(former.queries), real, "apart", causal=True)
     queries, text = former(features, mask, words(tokens), words.mlps)
     a, b = unit(words.image_out(queries[:, -1])), unit(words.text_out(text[:, 0]))
-    return jnp.minimum(jnp.exp(words.log_scale[...]), WARMEST) * a @ b.T
+    return scale_of(words.log_scale[...]) * a @ b.T
 
 
 def pair_losses(

@@ -16,7 +16,7 @@ from mmdiff.data.vocabulary import Vocabulary
 from mmdiff.document import DataError, Document, Image
 from mmdiff.nn.qformer import QFormer, reading
 from mmdiff.tokenizers.network import TokenizerNetwork
-from mmdiff.tokenizers.seed import Words, contrast, matching, pair_losses
+from mmdiff.tokenizers.seed import WARMEST, Words, contrast, matching, pair_losses, scale_of
 from mmdiff.tokenizers.tower import resolved
 from mmdiff.training.checkpoint import restore_params
 from mmdiff.training.loop import train
@@ -178,6 +178,21 @@ def test_losses_of_pairs_by_hand(former):
     said = jax.nn.log_softmax(text @ former[1].embedding[...].T)
     words = [said[0, i, TOKENS[0, i + 1]] for i in range(4)] + [said[1, i, TOKENS[1, i + 1]] for i in range(2)]
     np.testing.assert_allclose(of_two["caption_loss"], -np.mean(words), rtol=1e-4)
+
+
+def test_a_scale_beyond_its_bound_comes_back_and_grows_no_further():
+    """(s - target)^2 from beyond the bound: down to a smaller target, and no further up to a larger one."""
+    beyond = jnp.log(WARMEST) + 0.5
+    slope = jax.jit(jax.grad(lambda log_scale, target: jnp.square(scale_of(log_scale) - target)))
+    assert slope(beyond, 2 * WARMEST) == 0 < slope(beyond, 0.5 * WARMEST)
+    log_scale = beyond
+    for _ in range(300):
+        log_scale -= 1e-4 * slope(log_scale, 50.0)
+    np.testing.assert_allclose(scale_of(log_scale), 50, rtol=1e-3)
+    below = jnp.float32(1.0)
+    np.testing.assert_array_equal(scale_of(below), jnp.exp(below))
+    np.testing.assert_allclose(slope(below, 50.0), 2 * (jnp.e - 50) * jnp.e, rtol=1e-5)
+    assert scale_of(beyond) == WARMEST
 
 
 def test_what_does_not_fit_is_refused(folder):
