@@ -142,13 +142,13 @@ class Tokenizer:
             )
         tower = self.tower
         if self.quantizer == "v2l" or tower != Tower():
-            told = "take all of it from the file of words" if self.quantizer == "v2l" else "leave it out, training reads it"
+            remedy = "take all of it from the file of words" if self.quantizer == "v2l" else "leave it out, training reads it"
             require(
                 min(tower.side, tower.patch, tower.width, tower.heads) >= 1
                 and tower.side % tower.patch == 0
                 and tower.width % tower.heads == 0,
                 f"tokenizer.tower: side={tower.side} must be a multiple of patch={tower.patch}, and width={tower.width} of "
-                f"heads={tower.heads}: {told}.",
+                f"heads={tower.heads}: {remedy}.",
             )
         require(self.latents >= 0, f"tokenizer.latents={self.latents} must not be negative (0: one code for each patch).")
         require(0 < self.keep <= 1, f"tokenizer.keep={self.keep} must be above 0, and at most 1.")

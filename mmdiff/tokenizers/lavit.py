@@ -10,14 +10,13 @@ gradient in p, by which the selector learns what is worth keeping. Self is causa
 reads itself), Cross reads what is dropped; if that is nothing, it takes the mean of all. So all positions are worked through
 while training; `packed` works through the kept ones alone, to the same result.
 
-Selector, policies, causal order, decoding by rank and the first term of the loss are those of Jin et al., arXiv 2309.04669, and of their code.
-Ours, since no training code of theirs is published: the decoder, too, reads its codes under the policy, so that the selector
-also learns what is worth saying; the selector learns nothing from Cross, where keeping a patch takes it from what the others
-read, and a gradient, which sees one thing at a time, does not see that its own code says it then; the ratio loss is of the
-batch's mean share, where the published formula, 2 (rho - mean of one image's choices)^2, reads as if of each image: here images
-may differ in length for free, so that their lengths can follow what they say; the codebook's own loss is that of
-mmdiff/tokenizers/quantizers/vq.py; queries and places begin as waves of row and column, for decoders that
-learn in a thousand steps where they stand.
+Selector, policies, causal order, decoding by rank and the loss' first term are those of Jin et al., arXiv 2309.04669, and of
+their code. Ours, since no training code of theirs is published: the decoder, too, reads its codes under the policy, so that the
+selector also learns what is worth saying; the selector learns nothing from Cross, where keeping a patch takes it from what the
+others read, and a gradient, which sees one thing at a time, does not see that its own code says it then; the ratio loss is of
+the batch's mean share, where the published formula, 2 (rho - mean of one image's choices)^2, reads as if of each image: here
+images may differ in length for free, so that their lengths can follow what they say; the codebook's own loss is that of
+mmdiff/tokenizers/quantizers/vq.py; queries and places begin as waves of row and column, for decoders that learn in a thousand steps where they stand.
 
 Letters: b images, n patches, d width, h heads, m kept patches at most.
 """
