@@ -8,7 +8,7 @@
 Attention under a policy p is (1)  a_ij = (exp(s_ij - m_i) p_ij + e / n) / (sum_j exp(s_ij - m_i) p_ij + e), e = 1e-6: it has a
 gradient in p, by which the selector learns what is worth keeping. Self is causal and reads what is kept (a dropped position
 reads itself), Cross reads what is dropped; if that is nothing, it takes the mean of all. So all positions are worked through
-while training; `packed` works through the kept ones alone, to the same result.
+while training; `packed` works through at most so many as are asked for, the kept ones, to the same result.
 
 Selector, policies, causal order, decoding by rank and the loss' first term are those of Jin et al., arXiv 2309.04669, and of
 their code. Ours, since no training code of theirs is published: the decoder, too, reads its codes under the policy, so that the
@@ -16,7 +16,8 @@ selector also learns what is worth saying; the selector learns nothing from Cros
 others read, and a gradient, which sees one thing at a time, does not see that its own code says it then; the ratio loss is of
 the batch's mean share, where the published formula, 2 (rho - mean of one image's choices)^2, reads as if of each image: here
 images may differ in length for free, so that their lengths can follow what they say; the codebook's own loss is that of
-mmdiff/tokenizers/quantizers/vq.py; queries and places begin as waves of row and column, for decoders that learn in a thousand steps where they stand.
+mmdiff/tokenizers/quantizers/vq.py; queries and places begin as waves of row and column, for decoders that learn in a thousand
+steps where they stand.
 
 Letters: b images, n patches, d width, h heads, m kept patches at most.
 """

@@ -5,7 +5,7 @@
     (1) loss = mean (1 - cos(f, y)) + 2 (rho - mean k)^2 + quantizer's own terms + denoising loss of pixels given y
 
 Means are over the batch, that of k as well: images may differ in length for free (lavit.py). In training all positions are
-worked through under the policies of lavit.py; in use the kept ones alone, to the same result. Which ones are kept is drawn at
+worked through under the policies of lavit.py; in use the kept ones, packed, to the same result. Which ones are kept is drawn at
 random also in use, as published, from a key that the image's own pixels determine; tokenizer.deterministic takes the likelier
 choice. An image keeps at least one patch: the one with the best chance. With tokenizer.keep=1 there is no choice: every image
 has a code for each patch.
