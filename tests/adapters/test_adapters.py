@@ -141,20 +141,25 @@ def test_losses_have_their_known_values(pretraining):
     def run():
         images, texts = model.vectors(features, ids)
         s, nats = model.similarity(images, texts), model.caption_nats(features, ids)
-        return losses(model, features, ids, jax.random.key(0)), images, texts, s, nats
+        drawn = hard_negatives(s, jnp.asarray(same), key)
+        return losses(model, features, ids, key), images, texts, s, nats, drawn
 
-    parts, images, texts, s, nats = run()
+    same, key = (ids[:, None] == ids).all(-1), jax.random.key(1)
+    parts, images, texts, s, nats, (image, text) = run()
     s = np.asarray(s, np.float64)
     each = np.einsum("nkw,mw->nkm", np.asarray(images), np.asarray(texts))
     np.testing.assert_allclose(s, each.max(1) / 0.07, rtol=1e-4)
-    same = (ids[:, None] == ids).all(-1)
     target = 0.9 * same / same.sum(-1, keepdims=True) + 0.1 / 4
     cross = lambda s: -(target * (s - np.log(np.exp(s).sum(-1, keepdims=True)))).sum(-1).mean()
     np.testing.assert_allclose(parts.contrast, (cross(s) + cross(s.T)) / 2, rtol=1e-4)
     nats = np.asarray(nats)
     assert (nats[:, 0] == 0).all() and (nats[:, 1:][ids[:, 1:] == PAD] == 0).all()
     np.testing.assert_allclose(parts.caption, nats.sum() / (ids[:, 1:] != PAD).sum(), rtol=1e-5)
-    assert 0.2 < parts.match < 3
+    assert not same[range(4), text].any() and not same[image, range(4)].any()
+    assert (ids[image] != ids[text]).any() and (features[image] != features[text]).any()  # the one is not the other
+    said = [model.match_logits(*pairs) for pairs in ((features, ids), (features, ids[text]), (features[image], ids))]
+    odds = np.concatenate([said[0][:, 1] - said[0][:, 0], *(other[:, 0] - other[:, 1] for other in said[1:])])
+    np.testing.assert_allclose(parts.match, np.log1p(np.exp(-odds)).mean(), rtol=1e-4)
 
 
 def test_hard_negatives_are_hard_and_negative():
