@@ -36,6 +36,7 @@ class Language:
         self.size = model.embedding.shape[0]
         pieces = processor.get_piece_size()
         require(pieces <= self.size, f"{WORDS} has {pieces} pieces, and the language model knows {self.size}: take its own.")
+        self.known = np.arange(self.size) < pieces  # rows behind them fill up a vocabulary, and say nothing
 
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
         """Ids of a text by itself."""
@@ -60,7 +61,8 @@ class Language:
 
         Args:
           prompts: ids; none empty.
-          allowed: for each prompt, which tokens may stand at each place, bool [count, v]; None: all.
+          allowed: for each prompt, which tokens may stand at each place, bool [count, v]; None: all. Those that are no
+            piece never do.
         Returns:
           int32 [n, count].
         """
@@ -81,7 +83,7 @@ class Language:
                 ids[row, longest - len(prompts[i]) :] = prompts[i]
             first = np.array([longest - len(prompts[i]) for i in rows], np.int32)
             may = np.ones((count, 1, 1), bool) if allowed is None else np.stack([allowed[i] for i in rows], axis=1)
-            found[chosen] = np.asarray(_greedy(self.graph, self.params, ids, first, may))[: len(chosen)]
+            found[chosen] = np.asarray(_greedy(self.graph, self.params, ids, first, may & self.known))[: len(chosen)]
         return found
 
 

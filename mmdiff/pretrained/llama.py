@@ -109,10 +109,16 @@ class Llama(nnx.Module):
         them; logits are `logits(states)`.
 
         Args:
+          cache: must have room for all of them: cache.length + t <= s is the caller's to guarantee, since length is known
+            only when the program runs; past the end, what was written is overwritten.
           first: int [b], where each text begins; what stands before it is padding that nobody reads, and since positions
             only count relative to each other the text does not notice where it stands. None: all at 0.
+        Raises:
+          ValueError: more tokens than the whole cache has positions.
         """
         count, length = x.shape[:2]
+        if cache is not None and length > cache.k.shape[2]:
+            raise ValueError(f"{length} tokens behind a cache of {cache.k.shape[2]} positions; make a longer one.")
         start = 0 if cache is None else cache.length
         position = jnp.broadcast_to(start + jnp.arange(length), (count, length))
         keys = jnp.arange(length if cache is None else cache.k.shape[2])

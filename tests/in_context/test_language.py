@@ -8,7 +8,7 @@ from flax import nnx
 
 from mmdiff.config import ConfigError
 from mmdiff.document import DataError
-from mmdiff.in_context.language import WORDS, load_language
+from mmdiff.in_context.language import WORDS, Language, load_language
 from mmdiff.pretrained.load import save_module
 
 from .tiny import SIZES, TEXTS, language, logits, pieces
@@ -49,6 +49,24 @@ def test_only_what_may_stand_is_chosen():
     expected = logits(language(), [PROMPTS[0]])[0, -1]
     assert found[0].tolist() == [5 if expected[5] > expected[9] else 9, 11]
     assert found[1, 0] not in (5, 9) and found[1, 1] != 11
+
+
+def test_rows_behind_the_last_piece_are_never_chosen():
+    """A vocabulary filled up from 300 pieces to 600 rows; those behind the pieces say the same, and louder."""
+    model = nnx.merge(language().graph, language().params)
+    model.embedding = nnx.Param(jnp.concatenate([model.embedding[...], 2 * model.embedding[...]]))
+    which = Language(model, language().processor)
+    assert logits(which, [PROMPTS[0]])[0, -1].argmax() >= 300
+    assert which.greedy(PROMPTS, 3).tolist() == language().greedy(PROMPTS, 3).tolist()
+    may = np.broadcast_to(np.arange(600) >= 299, (2, 600))
+    assert which.greedy(PROMPTS[:1], 2, [may]).tolist() == [[299, 299]]
+
+
+def test_a_cache_takes_no_more_than_it_has_positions_for():
+    model = nnx.merge(language().graph, language().params)
+    model(model.embed(jnp.ones((1, 3), int)), model.cache(1, 3))
+    with pytest.raises(ValueError, match="4 tokens behind a cache of 3 positions"):
+        model(model.embed(jnp.ones((1, 4), int)), model.cache(1, 3))
 
 
 def test_bad_input():
