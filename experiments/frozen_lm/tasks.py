@@ -339,6 +339,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="what begins so, e.g. inpainting colour")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    for name in ("episodes", "shown", "lora_steps"):
+        if (count := getattr(arguments, name)) < 1:
+            parser.error(f"--{name.replace('_', '-')} {count} must be at least 1.")
     if arguments.images < 11:
         parser.error(f"--images {arguments.images}: ten other images make the examples of one; give at least 11")
     try:

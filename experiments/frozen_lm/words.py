@@ -36,6 +36,8 @@ def main() -> int:
     parser.add_argument("--least", type=int, default=2, help="a word named at most so often is none")
     parser.add_argument("--templates", nargs="+", default=list(TEMPLATES), metavar="TEXT")
     arguments = parser.parse_args()
+    if arguments.images < 1:
+        parser.error(f"--images {arguments.images} must be at least 1.")
     try:
         sizes = read_config(arguments.towers)
         text = sizes["text_config"]

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mmdiff.config import ConfigError
 from mmdiff.data.shapes import COLOURS, FORMS, PLACES, SIZES, Shapes
 from mmdiff.evaluation import judge
 from mmdiff.evaluation.phrases import classes
@@ -39,7 +40,13 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=judge.STEPS)
     parser.add_argument("--side", type=int, default=32, metavar="PIXELS", help="of the images it learns from")
     arguments = parser.parse_args()
-    found = judge.train(*scenes(EXAMPLES, "train", arguments.side), GROUPS, steps=arguments.steps)
+    if arguments.steps < 1:
+        parser.error(f"--steps {arguments.steps} must be at least 1.")
+    try:
+        shown = scenes(EXAMPLES, "train", arguments.side)
+    except ConfigError as error:
+        parser.error(str(error))
+    found = judge.train(*shown, GROUPS, steps=arguments.steps)
     found.save(arguments.out)
     images, texts = scenes(TESTED, "test", arguments.side)
     right = found(images) == classes(texts, GROUPS)

@@ -335,6 +335,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if arguments.steps < 1:
+        parser.error(f"--steps {arguments.steps} must be at least 1.")
     texts = sentences(5000)
     words = made_words(CONFIG["vocab_size"], texts)
     untrained = Language(fresh(arguments.seed), read_words(words, WORDS))

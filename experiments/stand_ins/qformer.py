@@ -95,6 +95,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--side", type=int, default=32, help="of the scenes, in pixels (default: %(default)s)")
     arguments = parser.parse_args()
+    if arguments.steps < 1:
+        parser.error(f"--steps {arguments.steps} must be at least 1.")
     try:
         images, texts = scenes(EXAMPLES, "train", arguments.side)
         features = features_of(arguments.encoder, images, SKIPPED)

@@ -24,6 +24,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from mmdiff.config import ConfigError
 from mmdiff.data.shapes import Shapes
 from mmdiff.layout import patch_cells
 from mmdiff.models.patches import sincos
@@ -119,10 +120,17 @@ def main() -> int:
     parser.add_argument("--side", type=int, default=SIDE, metavar="PIXELS", help="of the images")
     parser.add_argument("--patch", type=int, default=PATCH, metavar="PIXELS", help="each of which is one feature of an image")
     arguments = parser.parse_args()
+    for name in ("steps", "patch"):
+        if (count := getattr(arguments, name)) < 1:
+            parser.error(f"--{name} {count} must be at least 1.")
     if arguments.side % arguments.patch:
         parser.error(f"--side {arguments.side} is no multiple of --patch {arguments.patch}.")
     cfg = settings(arguments.side, arguments.patch)
-    model = trained(*scenes(EXAMPLES, "train", arguments.side), arguments.steps, arguments.seed, cfg)
+    try:
+        shown = scenes(EXAMPLES, "train", arguments.side)
+    except ConfigError as error:
+        parser.error(str(error))
+    model = trained(*shown, arguments.steps, arguments.seed, cfg)
     save_module(model, arguments.out, cfg)
     images, texts = scenes(TESTED, "test", arguments.side)
     told = len(np.unique(texts, axis=0))

@@ -78,3 +78,24 @@ def test_a_classifier_of_attributes_is_trained_and_judges_a_run_as_it_was_kept(t
     again = judge.train(*script["scenes"](40, "train", 32), script["GROUPS"], steps=2)
     assert again.digest == kept.digest != judge.train(*script["scenes"](40, "train", 32), script["GROUPS"], steps=1).digest
     np.testing.assert_array_equal(again(images), kept(images))
+
+
+@pytest.mark.parametrize(
+    ("script", "given", "told"),
+    [
+        ("stand_ins/attribute_classifier.py", "--out x --steps 0", "--steps 0 must be at least 1"),
+        ("stand_ins/attribute_classifier.py", "--out x --side 0", "image_size=0: shapes needs a multiple of 8"),
+        ("stand_ins/copying_lm.py", "--out x --steps -1", "--steps -1 must be at least 1"),
+        ("stand_ins/qformer.py", "--encoder x --out x --steps 0", "--steps 0 must be at least 1"),
+        ("stand_ins/two_tower.py", "--out x --steps 0", "--steps 0 must be at least 1"),
+        ("stand_ins/two_tower.py", "--out x --patch 0", "--patch 0 must be at least 1"),
+        ("stand_ins/two_tower.py", "--out x --side -8", "image_size=-8: shapes needs a multiple of 8"),
+        ("frozen_lm/words.py", "--language x --towers x --out x --images 0", "--images 0 must be at least 1"),
+        ("frozen_lm/tasks.py", "--language x --words x --tokenizer x --workdir x --lora-steps 0", "--lora-steps 0 must be at"),
+    ],
+)
+def test_counts_that_mean_nothing_are_told(script, given, told, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script", *given.split()])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(FOLDER.parent / script))["main"]()
+    assert ended.value.code == 2 and f"error: {told}" in capsys.readouterr().err.replace("data.generator_", "")
