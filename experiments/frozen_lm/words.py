@@ -39,13 +39,12 @@ def main() -> int:
     if arguments.images < 1:
         parser.error(f"--images {arguments.images} must be at least 1.")
     try:
+        language, model = load_language(arguments.language), load_clip(arguments.towers)
         sizes = read_config(arguments.towers)
-        text = sizes["text_config"]
-        longest, end = text["max_position_embeddings"], text["eos_token_id"]
+        longest, end = model.text.place.shape[0], model.text.end
         ids = bytes_of(longest, end) if sizes.get("words") == "bytes" else pieces_of(arguments.towers, longest, end)
         source = Shapes(0, arguments.images, mix=(("draw", 1.0),))
         images = np.stack([source[i].images[0].pixels for i in range(arguments.images)])
-        language, model = load_language(arguments.language), load_clip(arguments.towers)
         words = build_words(language, model, sizes, ids, images, arguments.templates, arguments.least)
     except (ConfigError, DataError) as error:
         print(error, file=sys.stderr)

@@ -42,7 +42,7 @@ class Adapter(nnx.Module):
     def tower(front: FrontEnd, rngs: nnx.Rngs) -> VisionTower:
         """With random weights."""
         sizes, clip = front.tower, front.names == "clip"
-        return VisionTower(vision_config(sizes), sizes.activation, sizes.epsilon, rngs, patch_bias=not clip, first_norm=clip)
+        return VisionTower(vision_config(sizes), rngs, patch_bias=not clip, first_norm=clip)
 
     @staticmethod
     def trained(front: FrontEnd, width: int, tower: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -4,10 +4,11 @@ from typing import Any
 
 from mmdiff import config
 from mmdiff.adapters.base import TOWER, adapter
-from mmdiff.pretrained.blip2 import load_blip2_vision
-from mmdiff.pretrained.clip import load_clip
-from mmdiff.pretrained.load import read_config
-from mmdiff.pretrained.tower import NAMES, USUAL, on_host
+from mmdiff.pretrained.blip2 import load_blip2_vision, read_blip2_vision
+from mmdiff.pretrained.clip import load_clip, read_clip_vision
+from mmdiff.pretrained.tower import NAMES, on_host
+
+READ = {"clip": (read_clip_vision, lambda folder: load_clip(folder).vision), "blip2": (read_blip2_vision, load_blip2_vision)}
 
 
 def front_end_parameters(front: config.FrontEnd, width: int) -> dict[str, Any]:
@@ -29,15 +30,14 @@ def tower_parameters(front: config.FrontEnd) -> dict[str, Any]:
     """The tower's weights from front_end.encoder: a nested dict of float32 arrays.
 
     Raises:
-      ConfigError: the folder's sizes are not those of front_end.tower. DataError: as of `load_module`.
+      ConfigError: the folder's sizes are not those of front_end.tower. DataError: as of `load_clip`.
     """
-    found = read_config(front.encoder)
-    found = USUAL[front.names] | found.get("vision_config", found)
+    read, load = READ[front.names]
+    found = read(front.encoder)
     for ours, theirs in NAMES.items():
-        value, wanted = found.get(theirs), getattr(front.tower, ours)
+        value, wanted = found[theirs], getattr(front.tower, ours)
         config.require(
             value == wanted,
-            f"front_end.tower.{ours}={wanted!r}, and {front.encoder}/config.json says {theirs}={value!r}: set it to that.",
+            f"front_end.tower.{ours}={wanted!r}, and the tower in {front.encoder} has {theirs}={value!r}: set it to that.",
         )
-    made = load_clip(front.encoder).vision if front.names == "clip" else load_blip2_vision(front.encoder)
-    return on_host(made)
+    return on_host(load(front.encoder))

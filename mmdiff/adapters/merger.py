@@ -35,7 +35,7 @@ class SelectingTower(VisionTower):
     """A vision tower of CLIP's form with a tokenizer's selector."""
 
     def __init__(self, sizes: config.Tower, rngs: nnx.Rngs):
-        super().__init__(vision_config(sizes), sizes.activation, sizes.epsilon, rngs, patch_bias=False, first_norm=True)
+        super().__init__(vision_config(sizes), rngs, patch_bias=False, first_norm=True)
         self.selector = Selector(sizes.width, rngs)
 
     def keep(self, features: jax.Array) -> jax.Array:

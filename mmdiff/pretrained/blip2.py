@@ -6,10 +6,11 @@ Salesforce/blip2-opt-2.7b: width 1408, 39 layers); the other parts of such a fil
 """
 
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 
-from mmdiff.pretrained.encoder import VisionTower, encoder_rules
+from mmdiff.pretrained.encoder import VisionTower, encoder_rules, vision_part
 from mmdiff.pretrained.load import Rule, convolution, layer, load_module, norm, read_config
 
 PREFIX = r"(?:vision_model\.)?"
@@ -23,6 +24,11 @@ RULES = [
 IGNORED = [r"(?:language_model|language_projection|qformer|query_tokens|text_projection|vision_projection|embeddings_mean).*"]
 
 
+def read_blip2_vision(folder: str | Path) -> dict[str, Any]:
+    """Sizes of the vision tower in a folder, of BLIP-2 or of its tower alone. Raises DataError for another network."""
+    return vision_part(read_config(folder), Path(folder) / "config.json", "blip-2", "blip_2_vision_model")
+
+
 def load_blip2_vision(folder: str | Path, **options) -> VisionTower:
     """From a folder with config.json and safetensors, of BLIP-2 or of its vision tower alone.
 
@@ -31,9 +37,8 @@ def load_blip2_vision(folder: str | Path, **options) -> VisionTower:
     Args:
       options: dtype and place, of `load_module`.
     Raises:
-      DataError: as of `load_module`.
+      DataError: as of `load_module` and `read_blip2_vision`.
     """
-    cfg = read_config(folder)
-    cfg = cfg.get("vision_config", cfg)
-    make = lambda: VisionTower(cfg, "gelu", 1e-6, nnx.Rngs(0), patch_bias=True, first_norm=False)
+    cfg = read_blip2_vision(folder)
+    make = lambda: VisionTower(cfg, nnx.Rngs(0), patch_bias=True, first_norm=False)
     return load_module(make, folder, RULES, ignored=IGNORED, **options)

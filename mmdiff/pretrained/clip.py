@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmdiff.pretrained.encoder import Encoder, VisionTower, encoder_rules
-from mmdiff.pretrained.load import Rule, convolution, layer, load_folder, norm, transposed
+from mmdiff.pretrained.encoder import Encoder, VisionTower, encoder_rules, tower_config, vision_part
+from mmdiff.pretrained.load import Rule, convolution, layer, load_folder, norm, read_config, supported, transposed
 
 OLD_END = 2  # in files that call this the end of a text, it is the largest id instead
 
@@ -32,18 +32,37 @@ RULES = [
     Rule(r"visual_projection\.weight", "vision_out/kernel", transposed),
 ]
 IGNORED = [r".*\.position_ids"]
+KINDS = "clip", "clip_vision_model"  # model_type of both halves together, of the vision tower alone
+PROJECTION = 512  # where config.json leaves out projection_dim
+
+
+def clip_config(told: dict[str, Any], where: str | Path = "config.json") -> dict[str, Any]:
+    """What the config.json of a CLIP means, which `where` names, with all that it leaves out.
+
+    Raises:
+      DataError: it is that of another network, or has an unknown activation.
+    """
+    sizes: dict[str, type] = {"text_config": dict, "vision_config": dict, "projection_dim": int}
+    cfg = supported({"projection_dim": PROJECTION} | told, where, sizes, {"model_type": ("clip",)})
+    text = tower_config(cfg["text_config"], f"{where}: text_config", "clip_text_model")
+    return cfg | {"text_config": text, "vision_config": vision_part(told, where, *KINDS)}
+
+
+def read_clip_vision(folder: str | Path) -> dict[str, Any]:
+    """Sizes of the vision tower in a folder, of CLIP or of its tower alone. Raises DataError for another network."""
+    return vision_part(read_config(folder), Path(folder) / "config.json", *KINDS)
 
 
 class TextTower(nnx.Module):
     """Causal; the vector of a text is what stands at its end."""
 
     def __init__(self, cfg: dict[str, Any], rngs: nnx.Rngs):
-        width, epsilon = cfg["hidden_size"], cfg.get("layer_norm_eps", 1e-5)
+        width = cfg["hidden_size"]
         self.end = cfg.get("eos_token_id", OLD_END)
         self.embedding = nnx.Param(jnp.zeros((cfg["vocab_size"], width)))
         self.place = nnx.Param(jnp.zeros((cfg["max_position_embeddings"], width)))
-        self.encoder = Encoder(cfg, "quick_gelu", epsilon, rngs)
-        self.norm = nnx.LayerNorm(width, epsilon=epsilon, rngs=rngs)
+        self.encoder = Encoder(cfg, rngs)
+        self.norm = nnx.LayerNorm(width, epsilon=cfg["layer_norm_eps"], rngs=rngs)
 
     def __call__(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         """int [b, t], each with its end, to states [b, t, d] and the vectors of the texts [b, d]."""
@@ -55,9 +74,11 @@ class TextTower(nnx.Module):
 
 class CLIP(nnx.Module):
     def __init__(self, cfg: dict[str, Any], rngs: nnx.Rngs):
+        """Raises DataError: as of `clip_config`."""
+        cfg = clip_config(cfg)
         text, vision, out = cfg["text_config"], cfg["vision_config"], cfg["projection_dim"]
         self.text = TextTower(text, rngs)
-        self.vision = VisionTower(vision, "quick_gelu", 1e-5, rngs, patch_bias=False, first_norm=True)
+        self.vision = vision_tower(vision, rngs)
         self.text_out = nnx.Linear(text["hidden_size"], out, use_bias=False, rngs=rngs)
         self.vision_out = nnx.Linear(vision["hidden_size"], out, use_bias=False, rngs=rngs)
         self.log_scale = nnx.Param(jnp.zeros(()))
@@ -71,6 +92,10 @@ class CLIP(nnx.Module):
         return unit(self.text_out(self.text(ids)[1]))
 
 
+def vision_tower(cfg: dict[str, Any], rngs: nnx.Rngs) -> VisionTower:
+    return VisionTower(cfg, rngs, patch_bias=False, first_norm=True)
+
+
 def unit(x: jax.Array) -> jax.Array:
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
@@ -81,6 +106,6 @@ def load_clip(folder: str | Path, **options) -> CLIP:
     Args:
       options: dtype and place, of `load_module`.
     Raises:
-      DataError: as of `load_folder`.
+      DataError: as of `load_module` and `clip_config`.
     """
-    return load_folder(CLIP, folder, RULES, ignored=IGNORED, **options)
+    return load_folder(CLIP, folder, RULES, clip_config, ignored=IGNORED, **options)

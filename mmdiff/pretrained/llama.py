@@ -8,14 +8,14 @@ Touvron et al., arXiv 2307.09288.
 """
 
 from pathlib import Path
+from types import UnionType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmdiff.document import DataError
-from mmdiff.pretrained.load import OURS, Rule, load_module, read_config, transposed
+from mmdiff.pretrained.load import OURS, Rule, load_module, read_config, supported, transposed
 
 LAYER = r"model\.layers\.(\d+)"
 RULES = [
@@ -29,6 +29,32 @@ RULES = [
     Rule(r"lm_head\.weight", "head/kernel", transposed),
 ]
 IGNORED = [r".*\.rotary_emb\.inv_freq"]
+SIZES: dict[str, type | UnionType] = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), int),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), dict | None),
+}
+ONLY: dict[str, tuple[Any, ...]] = {
+    "model_type": ("llama",),
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "sliding_window": (None,),
+    "partial_rotary_factor": (1, None),
+}
+ROTATION: dict[str, tuple[Any, ...]] = {
+    "rope_type": ("default",),
+    "type": ("default",),
+    "factor": (1, None),
+    "partial_rotary_factor": (1, None),
+}
+
+
+def llama_config(told: dict[str, Any], where: str | Path = "config.json") -> dict[str, Any]:
+    """The config.json of a LLaMA-1 or 2, which `where` names. Raises DataError if it asks for anything else."""
+    supported(told, where, SIZES, ONLY)
+    for name in ("rope_scaling", "rope_parameters"):
+        supported(told.get(name) or {}, f"{where}: {name}", {}, ROTATION)
+    return told
 
 
 class Cache(NamedTuple):
@@ -82,10 +108,8 @@ def rotated(x: jax.Array, position: jax.Array, base: float) -> jax.Array:
 
 class Llama(nnx.Module):
     def __init__(self, cfg: dict[str, Any], rngs: nnx.Rngs):
-        scaled = cfg.get("rope_scaling") or cfg.get("rope_parameters") or {}
-        kind = scaled.get("rope_type", scaled.get("type", "default"))
-        if kind != "default" or cfg.get("attention_bias") or cfg.get("mlp_bias"):
-            raise DataError(f"config.json: rotations of type {kind!r} or biases; only LLaMA-1 and 2's form is known here.")
+        """Raises DataError: as of `llama_config`."""
+        llama_config(cfg)
         self.embedding = nnx.Param(jnp.zeros((cfg["vocab_size"], cfg["hidden_size"])))
         self.layers = nnx.List([LlamaLayer(cfg, rngs) for _ in range(cfg["num_hidden_layers"])])
         self.norm = nnx.RMSNorm(cfg["hidden_size"], epsilon=cfg.get("rms_norm_eps", 1e-6), rngs=rngs)
@@ -146,9 +170,9 @@ def load_llama(folder: str | Path, **options) -> Llama:
     Args:
       options: dtype and place, of `load_module`.
     Raises:
-      DataError: as of `load_module`, or another kind of network.
+      DataError: as of `load_module` and `llama_config`.
     """
-    cfg = read_config(folder)
+    cfg = llama_config(read_config(folder), Path(folder) / "config.json")
     ignored = [*IGNORED, r"lm_head\.weight"] if cfg.get("tie_word_embeddings") else IGNORED
     rules = [rule for rule in RULES if not (cfg.get("tie_word_embeddings") and rule.ours.startswith("head"))]
     rules = OURS if cfg.get("format") == "mmdiff" else rules

@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -72,7 +73,7 @@ class Weights:
     """The arrays of one safetensors file, or of all in a folder, by name; read when they are asked for.
 
     Raises:
-      DataError: there is none, or one is no safetensors file.
+      DataError: there is none, one is no safetensors file, or an index is damaged.
     """
 
     def __init__(self, path: str | Path):
@@ -83,7 +84,10 @@ class Weights:
             raise DataError(f"{path}: no such file or folder of safetensors.")
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         for index in sorted(path.glob("*.safetensors.index.json")) if path.is_dir() else ():
-            listed = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            told = _object(index).get("weight_map")
+            if not isinstance(told, dict) or not all(isinstance(name, str) for name in told.values()):
+                raise DataError(f"{index} has no weight_map from names to files; copy it anew from where the weights are from.")
+            listed = sorted(set(told.values()))
             if absent := [name for name in listed if not (path / name).is_file()]:
                 raise DataError(f"{index}: {len(absent)} of its {len(listed)} files are not there: {', '.join(absent[:TOLD])}.")
             files = [path / name for name in listed]
@@ -118,14 +122,45 @@ class Weights:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json of a folder. Raises DataError without one, or if it is no JSON."""
+    """config.json of a folder. Raises DataError without one, or if it is no JSON object."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise DataError(f"{path}: not there; it says the sizes of the network.")
+    return _object(path)
+
+
+def _object(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except ValueError as error:
         raise DataError(f"{path} is no JSON ({error}).") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} holds no JSON object, but a {type(found).__name__}; copy it anew.")
+    return found
+
+
+def supported(
+    cfg: dict[str, Any],
+    where: str | Path,
+    sizes: Mapping[str, type | UnionType],
+    only: Mapping[str, tuple[Any, ...]],
+) -> dict[str, Any]:
+    """A config.json, which `where` names, as it is.
+
+    Args:
+      sizes: what must stand in it, and its type.
+      only: what else may stand in it, and with which values (in a list: all of these).
+    Raises:
+      DataError: it says anything else.
+    """
+    wrong = [f"{name}={cfg.get(name)!r}" for name, kind in sizes.items() if not isinstance(cfg.get(name), kind)]
+    for name, values in only.items():
+        told = cfg.get(name, values[0])
+        if any(each not in values for each in (told if isinstance(told, list) else [told])):
+            wrong.append(f"{name}={told!r} (only {' or '.join(map(repr, values))})")
+    if wrong:
+        raise DataError(f"{where}: not supported: {'; '.join(wrong)}.")
+    return cfg
 
 
 def assigned(weights: Weights, shapes: Mapping[str, tuple[int, ...]], rules: Sequence[Rule], ignored: Sequence[str] = ()):
@@ -208,14 +243,20 @@ def load_module(
 
 
 def load_folder(
-    make: Callable[[dict[str, Any], nnx.Rngs], Module], folder: str | Path, rules: Sequence[Rule], **options
+    make: Callable[[dict[str, Any], nnx.Rngs], Module],
+    folder: str | Path,
+    rules: Sequence[Rule],
+    check: Callable[[dict[str, Any], Path], dict[str, Any]],
+    **options,
 ) -> Module:
     """The same with the sizes of the folder's config.json, which `make` takes; also of what `save_module` wrote.
 
+    Args:
+      check: takes what config.json holds and its path, and returns what `make` is to be given.
     Raises:
-      DataError: as of `load_module` and `read_config`.
+      DataError: as of `load_module`, `read_config` and `check`.
     """
-    cfg = read_config(folder)
+    cfg = check(read_config(folder), Path(folder) / "config.json")
     rules = OURS if cfg.get("format") == "mmdiff" else rules
     return load_module(lambda: make(cfg, nnx.Rngs(0)), folder, rules, **options)
 

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from mmdiff.document import DataError
-from mmdiff.pretrained.load import Rule, convolution, layer, norm, read_config
+from mmdiff.pretrained.load import Rule, convolution, layer, norm, read_config, supported
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -155,24 +155,15 @@ def frame_rules(theirs: str = "", ours: str = "") -> list[Rule]:
 def read_supported(
     folder: str | Path, sizes: Mapping[str, type | UnionType], only: Mapping[str, tuple[Any, ...]]
 ) -> dict[str, Any]:
-    """config.json of a folder.
+    """config.json of a folder; `sizes` and `only` as of `supported`.
 
-    Args:
-      sizes: what must stand in it, and its type.
-      only: what else may stand in it, and with which values (in a list: all of these).
     Raises:
       DataError: it says anything else, or levels of different number.
     """
-    cfg = read_config(folder)
-    wrong = [f"{name}={cfg.get(name)!r}" for name, kind in sizes.items() if not isinstance(cfg.get(name), kind)]
-    for name, values in only.items():
-        told = cfg.get(name, values[0])
-        if any(each not in values for each in (told if isinstance(told, list) else [told])):
-            wrong.append(f"{name}={told!r} (only {' or '.join(map(repr, values))})")
-    if not wrong and len({len(cfg[name]) for name in ("block_out_channels", "down_block_types", "up_block_types")}) > 1:
-        wrong.append("block_out_channels, down_block_types and up_block_types of different lengths")
-    if wrong:
-        raise DataError(f"{Path(folder) / 'config.json'}: not supported: {'; '.join(wrong)}.")
+    path, levels = Path(folder) / "config.json", ("block_out_channels", "down_block_types", "up_block_types")
+    cfg = supported(read_config(folder), path, sizes, only)
+    if len({len(cfg[name]) for name in levels}) > 1:
+        raise DataError(f"{path}: not supported: {', '.join(levels)} of different lengths.")
     return cfg
 
 

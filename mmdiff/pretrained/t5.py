@@ -8,6 +8,7 @@ context, d width. Sources: T5, arXiv 1910.10683; Emu, arXiv 2307.05222.
 """
 
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from mmdiff.pretrained.encoder import ACTIVATIONS
-from mmdiff.pretrained.load import Rule, load_folder, transposed
+from mmdiff.pretrained.load import Rule, load_folder, supported, transposed
 
 BLOCK = r"decoder\.block\.(\d+)\.layer"
 RULES = [
@@ -35,7 +36,23 @@ RULES = [
     Rule(rf"{BLOCK}\.2\.DenseReluDense\.wo\.weight", "layers/{}/down/kernel", transposed),
     Rule(r"decoder\.final_layer_norm\.weight", "norm/scale"),
 ]
-IGNORED = [r"encoder\..*", r"shared\.weight", r"lm_head\.weight", r"decoder\.embed_tokens\.weight"]
+IGNORED = [
+    *(r"encoder\..*", r"shared\.weight", r"lm_head\.weight", r"decoder\.embed_tokens\.weight"),
+    r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",  # in the first files, read by nothing
+]
+SIZES: dict[str, type | UnionType] = {
+    **dict.fromkeys(("d_model", "d_kv", "d_ff", "num_heads", "num_layers"), int),
+    "num_decoder_layers": int | None,
+}
+ONLY: dict[str, tuple[Any, ...]] = {
+    "model_type": ("t5",),
+    "feed_forward_proj": tuple(f"{gated}{name}" for gated in ("", "gated-") for name in ACTIVATIONS),
+}
+
+
+def t5_config(told: dict[str, Any], where: str | Path) -> dict[str, Any]:
+    """The config.json of a T5, which `where` names. Raises DataError for another network or an unknown activation."""
+    return supported(told, where, SIZES, ONLY)
 
 
 class Attention(nnx.Module):
@@ -104,6 +121,6 @@ def load_t5_decoder(folder: str | Path, **options) -> T5Decoder:
     Args:
       options: dtype and place, of `load_module`.
     Raises:
-      DataError: as of `load_folder`.
+      DataError: as of `load_module` and `t5_config`.
     """
-    return load_folder(T5Decoder, folder, RULES, ignored=IGNORED, **options)
+    return load_folder(T5Decoder, folder, RULES, t5_config, ignored=IGNORED, **options)

@@ -8,6 +8,7 @@ Letters: n images, h and w pixels, t patches of the tower, d its width, e width 
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,8 +17,8 @@ import numpy as np
 from flax import nnx
 
 from mmdiff import config
-from mmdiff.pretrained.clip import unit
-from mmdiff.pretrained.encoder import VisionTower, normalised
+from mmdiff.pretrained.clip import clip_config, unit, vision_tower
+from mmdiff.pretrained.encoder import normalised
 
 NAMES = {  # in a vision_config of the transformers package
     "side": "image_size",
@@ -29,10 +30,6 @@ NAMES = {  # in a vision_config of the transformers package
     "activation": "hidden_act",
     "epsilon": "layer_norm_eps",
 }
-USUAL: dict[str, dict[str, Any]] = {  # where a config.json leaves it out
-    "clip": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
-    "blip2": {"hidden_act": "gelu", "layer_norm_eps": 1e-6},
-}
 
 
 def vision_config(sizes: config.Tower) -> dict[str, Any]:
@@ -40,28 +37,21 @@ def vision_config(sizes: config.Tower) -> dict[str, Any]:
     return {theirs: getattr(sizes, ours) for ours, theirs in NAMES.items()}
 
 
-def sizes_of(told: Mapping[str, Any], where: str) -> config.Tower:
+def sizes_of(told: dict[str, Any], where: str | Path) -> config.Tower:
     """Sizes of the vision half of a CLIP with this config.json, which `where` names.
 
     Raises:
-      ConfigError: it describes no CLIP.
+      DataError: as of `clip_config`.
     """
-    vision, out = told.get("vision_config"), told.get("projection_dim", 0)
-    found = USUAL["clip"] | vision if isinstance(vision, dict) else {}
-    config.require(
-        out > 0 and set(NAMES.values()) <= set(found),
-        f"{where}: its config.json does not describe a CLIP (vision_config with {', '.join(NAMES.values())}, "
-        "and projection_dim).",
-    )
-    return config.Tower(**{ours: found[theirs] for ours, theirs in NAMES.items()}, embedding=out)
+    cfg = clip_config(told, where)
+    found = {ours: cfg["vision_config"][theirs] for ours, theirs in NAMES.items()}
+    return config.Tower(**found, embedding=cfg["projection_dim"])
 
 
 class Tower(nnx.Module):
     def __init__(self, sizes: config.Tower, rngs: nnx.Rngs):
         self.side = sizes.side
-        self.vision = VisionTower(
-            vision_config(sizes), sizes.activation, sizes.epsilon, rngs, patch_bias=False, first_norm=True
-        )
+        self.vision = vision_tower(vision_config(sizes), rngs)
         self.out = nnx.Linear(sizes.width, sizes.embedding, use_bias=False, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:

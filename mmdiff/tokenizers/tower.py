@@ -19,16 +19,16 @@ def read_sizes(folder: str) -> config.Tower:
     """Sizes of the vision half in a CLIP folder.
 
     Raises:
-      DataError: no config.json there. ConfigError: it describes no CLIP.
+      DataError: no config.json there, or it describes no CLIP.
     """
-    return sizes_of(read_config(folder), f"tokenizer.encoder={folder!r}")
+    return sizes_of(read_config(folder), Path(folder) / "config.json")
 
 
 def resolved(cfg: config.Config, workdir: Path) -> config.Config:
     """`cfg` with the sizes of its frozen encoder: those that the run in `workdir` began with, or those of the folder.
 
     Raises:
-      DataError, ConfigError: as of `read_sizes`.
+      DataError: as of `read_sizes`.
     """
     settings = cfg.tokenizer
     if not settings.encoder or settings.tower.side:

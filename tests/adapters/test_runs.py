@@ -23,6 +23,7 @@ from mmdiff.training.loop import train
 from mmdiff.training.state import named_leaves
 from tests.adapters.tiny import MANY, configuration, write_tower
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "pretrained"
 SCRIPT = Path(__file__).parents[2] / "experiments" / "stand_ins" / "qformer.py"
 
 
@@ -84,6 +85,8 @@ def test_what_a_folder_does_not_hold_is_told(tower, tmp_path):
     other = dataclasses.replace(front.tower, depth=3)
     refused(dataclasses.replace(front, tower=other), r"front_end\.tower\.depth=3, and .* num_hidden_layers=2: set it to that")
     refused(dataclasses.replace(front, encoder=str(tmp_path / "none")), "config.json: not there", DataError)
+    refused(dataclasses.replace(front, encoder=str(GOLDEN / "llama")), "model_type='llama'", DataError)
+    refused(dataclasses.replace(front, encoder=str(GOLDEN / "clip"), names="blip2"), "model_type='clip'", DataError)
 
 
 def test_a_qformer_is_trained_by_one_command_and_started_from(tower, tmp_path, monkeypatch, capsys):

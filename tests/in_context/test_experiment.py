@@ -1,5 +1,6 @@
 """E7 and the language model that stands in: one command each, going on where it stopped."""
 
+import copy
 import json
 import runpy
 import sys
@@ -11,11 +12,12 @@ import pytest
 from flax import nnx
 
 from mmdiff.in_context.language import WORDS, Language, load_language, read_words
+from mmdiff.pretrained.clip import CLIP
 from mmdiff.pretrained.load import save_module
 from mmdiff.tokenizers.model import Tokenizer as Trained
 from mmdiff.tokenizers.network import TokenizerNetwork
 
-from .tiny import SIZES, experiment, language, pieces
+from .tiny import SIZES, TOWERS, experiment, language, pieces, random_like
 
 FOLDER = Path(__file__).parents[2] / "experiments"
 
@@ -65,6 +67,26 @@ def test_one_command_trains_it_and_it_is_loaded_like_the_real_one(copying, tmp_p
     began = nnx.to_pure_dict(nnx.state(copying["begun"](0, loaded), nnx.Param))
     moved = jax.tree.map(lambda a, b: a.shape == b.shape and bool((a != b).any()), began, loaded.params)
     assert jax.tree.all(moved)
+
+
+def test_words_are_made_by_one_command(tmp_path, monkeypatch, capsys):
+    """With towers whose config.json leaves out what is usual."""
+    script = runpy.run_path(str(FOLDER / "frozen_lm" / "words.py"))
+    cfg = copy.deepcopy(TOWERS)
+    del cfg["text_config"]["max_position_embeddings"]  # 77
+    made = CLIP(cfg, nnx.Rngs(0))
+    random_like(made, 2)
+    save_module(made, tmp_path / "towers", cfg | {"words": "bytes"})
+    which = language()
+    sizes = SIZES | {"num_hidden_layers": 2, "vocab_size": 300, "tie_word_embeddings": True}
+    save_module(nnx.merge(which.graph, which.params), tmp_path / "language", sizes)
+    (tmp_path / "language" / WORDS).write_bytes(pieces(300))
+    arguments = ["--language", tmp_path / "language", "--towers", tmp_path / "towers", "--out", tmp_path / "words"]
+    monkeypatch.setattr(sys, "argv", ["words.py", *map(str, arguments), "--images", "8", "--templates", "a {}", "--least", "0"])
+    assert script["main"]() == 0
+    assert "300 local and " in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["words.py", *map(str, [*arguments, "--towers", tmp_path / "language"])])
+    assert script["main"]() == 65 and "not supported: text_config=None" in capsys.readouterr().err
 
 
 def test_shared_tokens_name_what_is_like_the_question(copying):

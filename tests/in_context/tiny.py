@@ -15,10 +15,11 @@ from mmdiff.pretrained.llama import Llama
 from mmdiff.tokenizers.v2l.words import Words
 
 WIDTH, GLOBAL, SIDE = 8, 12, 32
-SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_act": "gelu"}
+SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+HALF = SIZES | {"hidden_act": "gelu"}
 TOWERS = {
-    "text_config": SIZES | {"vocab_size": 257, "max_position_embeddings": 32, "eos_token_id": 256},
-    "vision_config": SIZES | {"image_size": 16, "patch_size": 8},
+    "text_config": HALF | {"vocab_size": 257, "max_position_embeddings": 32, "eos_token_id": 256},
+    "vision_config": HALF | {"image_size": 16, "patch_size": 8},
     "projection_dim": WIDTH,
 }
 TEXTS = ["a large red circle at the top left and a small blue cross at the bottom", "a photo of a green square"]

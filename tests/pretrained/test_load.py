@@ -96,10 +96,10 @@ def test_what_is_no_safetensors_is_refused(tmp_path):
     with pytest.raises(DataError, match="holds no safetensors file; a .bin or .pth must be converted"):
         loaded(tmp_path)
     with pytest.raises(DataError, match="config.json: not there; it says the sizes"):
-        load.load_folder(lambda cfg, rngs: Two(rngs), tmp_path, RULES)
+        load.load_folder(lambda cfg, rngs: Two(rngs), tmp_path, RULES, lambda told, where: told)
     (tmp_path / "config.json").write_text("{sizes")
     with pytest.raises(DataError, match="config.json is no JSON"):
-        load.load_folder(lambda cfg, rngs: Two(rngs), tmp_path, RULES)
+        load.load_folder(lambda cfg, rngs: Two(rngs), tmp_path, RULES, lambda told, where: told)
     (tmp_path / "x.safetensors").write_bytes(b"\x80\x04not this")
     with pytest.raises(DataError, match="x.safetensors is no safetensors file"):
         loaded(tmp_path)

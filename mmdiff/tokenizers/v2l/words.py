@@ -10,7 +10,6 @@ starts, which takes all of it but the strings into the tokenizer's own parameter
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +43,14 @@ class Words:
 
     @classmethod
     def of(
-        cls, local_words, local: np.ndarray, global_words, global_: np.ndarray, model: CLIP, sizes: Mapping[str, Any]
+        cls, local_words, local: np.ndarray, global_words, global_: np.ndarray, model: CLIP, sizes: dict[str, Any]
     ) -> "Words":
         """With the vision half of `model`, whose config.json is `sizes`."""
         flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
         own = {"/".join(map(str, path)): np.asarray(leaf[...], np.float32) for path, leaf in flat}
         split = [(path.partition("/"), leaf) for path, leaf in own.items()]
         kept = {f"{PARTS[part]}/{rest}": leaf for (part, _, rest), leaf in split if part in PARTS}
-        return cls(tuple(local_words), tuple(global_words), local, global_, sizes_of(sizes, "the tower's folder"), kept)
+        return cls(tuple(local_words), tuple(global_words), local, global_, sizes_of(sizes, "config.json of the towers"), kept)
 
     def arrays(self) -> dict[str, Any]:
         """The untrained part of a tokenizer's parameters: float32, nested dicts."""
