@@ -20,7 +20,7 @@ from flax import nnx
 from mmdiff import config
 from mmdiff.adapters.qformer_losses import Pretraining, as_bytes, losses
 from mmdiff.data.shapes import Shapes
-from mmdiff.pretrained.clip import load_clip
+from mmdiff.pretrained.clip import load_clip_vision
 from mmdiff.pretrained.encoder import normalised
 from mmdiff.pretrained.load import save_module
 
@@ -30,7 +30,7 @@ STEPS, BATCH, LEARNING_RATE, EXAMPLES, TESTED, PIECE = 400, 32, 1e-3, 6000, 128,
 
 def features_of(folder: Path, images: np.ndarray, skipped: int) -> np.ndarray:
     """float32 [n, s, f] of images uint8, by the tower without its last layers."""
-    tower = load_clip(folder).vision
+    tower = load_clip_vision(folder)
     graph, state = nnx.split(tower)
     see = jax.jit(lambda state, x: nnx.merge(graph, state)(normalised(x, tower.side), -skipped or None))
     padded = np.concatenate([images, images[: -len(images) % PIECE]])

@@ -5,10 +5,10 @@ from typing import Any
 from mmdiff import config
 from mmdiff.adapters.base import TOWER, adapter
 from mmdiff.pretrained.blip2 import load_blip2_vision, read_blip2_vision
-from mmdiff.pretrained.clip import load_clip, read_clip_vision
+from mmdiff.pretrained.clip import load_clip_vision, read_clip_vision
 from mmdiff.pretrained.tower import NAMES, on_host
 
-READ = {"clip": (read_clip_vision, lambda folder: load_clip(folder).vision), "blip2": (read_blip2_vision, load_blip2_vision)}
+READ = {"clip": (read_clip_vision, load_clip_vision), "blip2": (read_blip2_vision, load_blip2_vision)}
 
 
 def front_end_parameters(front: config.FrontEnd, width: int) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def tower_parameters(front: config.FrontEnd) -> dict[str, Any]:
     """The tower's weights from front_end.encoder: a nested dict of float32 arrays.
 
     Raises:
-      ConfigError: the folder's sizes are not those of front_end.tower. DataError: as of `load_clip`.
+      ConfigError: the folder's sizes are not those of front_end.tower. DataError: as of `load_clip_vision`.
     """
     read, load = READ[front.names]
     found = read(front.encoder)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmdiff.pretrained.encoder import Encoder, VisionTower, encoder_rules, tower_config, vision_part
-from mmdiff.pretrained.load import Rule, convolution, layer, load_folder, norm, read_config, supported, transposed
+from mmdiff.pretrained.load import Rule, convolution, layer, load_folder, load_module, norm, read_config, supported, transposed
 
 OLD_END = 2  # in files that call this the end of a text, it is the largest id instead
 
@@ -32,6 +32,9 @@ RULES = [
     Rule(r"visual_projection\.weight", "vision_out/kernel", transposed),
 ]
 IGNORED = [r".*\.position_ids"]
+VISION_RULES = [rule._replace(ours=rule.ours.removeprefix("vision/")) for rule in RULES if rule.ours.startswith("vision/")]
+OUR_VISION = Rule(r"vision/(.*)", "{}")  # of files that `save_module` wrote
+NO_VISION = [r"(?:text_model|text_projection|visual_projection|logit_scale).*", r"(?:text/|text_out/|vision_out/|log_scale).*"]
 KINDS = "clip", "clip_vision_model"  # model_type of both halves together, of the vision tower alone
 PROJECTION = 512  # where config.json leaves out projection_dim
 
@@ -109,3 +112,16 @@ def load_clip(folder: str | Path, **options) -> CLIP:
       DataError: as of `load_module` and `clip_config`.
     """
     return load_folder(CLIP, folder, RULES, clip_config, ignored=IGNORED, **options)
+
+
+def load_clip_vision(folder: str | Path, **options) -> VisionTower:
+    """The vision tower from a folder with config.json and safetensors, of CLIP or of its tower alone.
+
+    Args:
+      options: dtype and place, of `load_module`.
+    Raises:
+      DataError: as of `load_module` and `read_clip_vision`.
+    """
+    cfg = read_clip_vision(folder)
+    make = lambda: vision_tower(cfg, nnx.Rngs(0))
+    return load_module(make, folder, [*VISION_RULES, OUR_VISION], ignored=[*IGNORED, *NO_VISION], **options)

@@ -10,11 +10,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import mmdiff
 from mmdiff.adapters.base import TOWER
 from mmdiff.adapters.folders import front_end_parameters
-from mmdiff.config import Config, ConfigError, Data, FrontEnd, Layout, Model, Optimizer, Training
+from mmdiff.config import Config, ConfigError, Data, FrontEnd, Layout, Model, Optimizer, Tower, Training
 from mmdiff.document import DataError, Document
 from mmdiff.pretrained.load import Weights
 from mmdiff.training.checkpoint import restore_params
@@ -87,6 +88,24 @@ def test_what_a_folder_does_not_hold_is_told(tower, tmp_path):
     refused(dataclasses.replace(front, encoder=str(tmp_path / "none")), "config.json: not there", DataError)
     refused(dataclasses.replace(front, encoder=str(GOLDEN / "llama")), "model_type='llama'", DataError)
     refused(dataclasses.replace(front, encoder=str(GOLDEN / "clip"), names="blip2"), "model_type='clip'", DataError)
+
+
+def test_a_vision_tower_alone_is_enough(tmp_path):
+    """Of CLIP, without a text half; also where config.json leaves out what is usual."""
+    shutil.copytree(GOLDEN / "clip", tmp_path / "alone")
+    cfg = json.loads((GOLDEN / "clip" / "config.json").read_text())["vision_config"]
+    del cfg["hidden_act"], cfg["layer_norm_eps"]
+    (tmp_path / "alone" / "config.json").write_text(json.dumps(cfg))
+    weights = load_file(GOLDEN / "clip" / "model.safetensors")
+    kept = {name: array for name, array in weights.items() if name.startswith("vision_model.")}
+    save_file(kept, tmp_path / "alone" / "model.safetensors")
+    sizes = Tower(side=16, patch=4, width=24, hidden=40, depth=3, heads=4)
+    front = configuration("mlp", encoder=tmp_path / "alone", tower=sizes).front_end
+    found, whole = (
+        named_leaves(front_end_parameters(dataclasses.replace(front, encoder=str(folder)), 32))
+        for folder in (tmp_path / "alone", GOLDEN / "clip")
+    )
+    assert found.keys() == whole.keys() and all(np.array_equal(found[name], whole[name]) for name in whole)
 
 
 def test_a_qformer_is_trained_by_one_command_and_started_from(tower, tmp_path, monkeypatch, capsys):

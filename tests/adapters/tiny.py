@@ -56,7 +56,7 @@ def configuration(front: str, images: str = "read", block: str = "attention", en
             compute="float32",
         ),
         layout=Layout(row_length=64, max_grid=4, images=images),
-        front_end=FrontEnd(encoder=str(encoder), tower=TOWER, **FRONTS[front] | more),
+        front_end=FrontEnd(**{"encoder": str(encoder), "tower": TOWER} | FRONTS[front] | more),
         data=Data(image_size=(SIDE, SIDE)),
     )
 

@@ -1,4 +1,4 @@
-"""Folders as they are found: with values left out, of other networks, damaged."""
+"""Folders as they are found: with values left out, of other networks, damaged, of a vision tower alone."""
 
 import json
 import shutil
@@ -13,14 +13,15 @@ from safetensors.numpy import load_file, save_file
 from mmdiff.config import Tower
 from mmdiff.document import DataError
 from mmdiff.pretrained.blip2 import load_blip2_vision, read_blip2_vision
-from mmdiff.pretrained.clip import CLIP, clip_config, load_clip
+from mmdiff.pretrained.clip import CLIP, clip_config, load_clip, load_clip_vision, read_clip_vision
 from mmdiff.pretrained.encoder import USUAL
 from mmdiff.pretrained.llama import Llama, load_llama
+from mmdiff.pretrained.load import save_module
 from mmdiff.pretrained.t5 import load_t5_decoder
 from mmdiff.tokenizers.tower import read_sizes
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pretrained"
-LOAD = {"clip": load_clip, "blip2": load_blip2_vision, "llama": load_llama, "t5": load_t5_decoder}
+LOAD = {"clip": load_clip, "blip2": load_blip2_vision, "llama": load_llama, "t5": load_t5_decoder, "vision": load_clip_vision}
 BLIP2 = {  # Salesforce/blip2-opt-2.7b
     "model_type": "blip-2",
     "text_config": {"model_type": "opt"},
@@ -69,6 +70,7 @@ def test_values_left_out_are_the_usual_ones(tmp_path):
     tower = Tower(side=224, patch=32, width=768, hidden=3072, depth=12, heads=12, embedding=512)
     assert read_sizes(str(clip)) == tower
     refused(load_clip, clip, r"text/embedding \(49408, 512\)")
+    refused(load_clip_vision, clip, r"patches/kernel \(32, 32, 3, 768\)")
     for kind in ("clip", "blip2"):
         cfg = config_of(kind)
         told = cfg["text_config"] if kind == "clip" else cfg
@@ -101,7 +103,7 @@ def test_a_part_that_no_t5_reads_is_left_alone(tmp_path):
 def test_folders_of_other_networks_are_told(kind, tmp_path):
     """Also those that do not say what they are: written by `save_module`, or by hand."""
     for other in ("clip", "blip2", "llama", "t5"):
-        if other != kind:
+        if other != kind and (kind, other) != ("vision", "clip"):
             refused(LOAD[kind], folder_of(other, tmp_path / other, config_of(other)), "not supported: .*model_type='")
             cfg = {name: value for name, value in config_of(other).items() if name != "model_type"}
             refused(LOAD[kind], folder_of(other, tmp_path / other, cfg), "not supported: |the weights do not fit: ")
@@ -116,6 +118,7 @@ def test_folders_of_other_networks_are_told(kind, tmp_path):
     [
         ("clip", "text_config", {"hidden_act": "mish"}, r"config.json: text_config: not supported: hidden_act='mish' \(only"),
         ("clip", "vision_config", {"hidden_act": "mish"}, "vision_config: not supported: hidden_act='mish'"),
+        ("vision", "vision_config", {"hidden_act": "mish"}, "vision_config: not supported: hidden_act='mish'"),
         ("clip", "vision_config", {"model_type": "siglip_vision_model"}, "model_type='siglip_vision_model'"),
         ("clip", "vision_config", {"hidden_size": None}, "vision_config: not supported: hidden_size=None"),
         ("blip2", None, {"hidden_act": "mish"}, "config.json: not supported: hidden_act='mish'"),
@@ -139,9 +142,10 @@ def test_folders_of_other_networks_are_told(kind, tmp_path):
     ],
 )
 def test_what_is_not_computed_is_refused(kind, inside, changes, told, tmp_path):
-    cfg = config_of(kind)
+    source = "clip" if kind == "vision" else kind
+    cfg = config_of(source)
     (cfg[inside] if inside else cfg).update(changes)
-    refused(LOAD[kind], folder_of(kind, tmp_path / kind, cfg), told)
+    refused(LOAD[kind], folder_of(source, tmp_path / kind, cfg), told)
     if kind == "llama":
         with pytest.raises(DataError, match="config.json"):
             Llama(cfg, nnx.Rngs(0))
@@ -157,3 +161,27 @@ def test_a_damaged_index_is_told(index, tmp_path):
     folder = folder_of("t5", tmp_path / "t5", config_of("t5"))
     (folder / "model.safetensors.index.json").write_text(index)
     refused(load_t5_decoder, folder, r"model\.safetensors\.index\.json (is no JSON|holds no JSON object|has no weight_map)")
+
+
+def test_a_vision_tower_alone_is_the_half_of_a_whole(tmp_path):
+    with np.load(GOLDEN / "clip" / "expected.npz") as file:
+        images, patches = file["images"], file["patches"]
+    alone = lambda weights: {name: array for name, array in weights.items() if name.startswith("vision_model.")}
+    whole = load_clip(GOLDEN / "clip")
+    save_module(whole, tmp_path / "ours", {**config_of("clip"), "model_type": "clip"})
+    folders = [
+        folder_of("clip", tmp_path / "flat", config_of("clip")["vision_config"], alone),
+        folder_of("clip", tmp_path / "nested", config_of("clip"), alone),
+        GOLDEN / "clip",
+        tmp_path / "ours",
+    ]
+    for folder in folders:
+        model = load_clip_vision(folder)
+        for one, two in zip(parameters(model), parameters(whole.vision), strict=True):
+            np.testing.assert_array_equal(one, two)
+        assert read_clip_vision(folder)["hidden_size"] == 24
+    with jax.default_matmul_precision("highest"):
+        np.testing.assert_allclose(model(images), patches, atol=1e-3)
+    refused(load_clip, folders[0], "text_config=None; vision_config=None; .*model_type='clip_vision_model'")
+    less = lambda weights: {name: array for name, array in alone(weights).items() if "pre_layrnorm" not in name}
+    refused(load_clip_vision, folder_of("clip", tmp_path / "less", config_of("clip"), less), "2 missing: norm_first")
