@@ -33,6 +33,7 @@ BLIP2 = {  # Salesforce/blip2-opt-2.7b
         "projection_dim": 512,
     },
 }
+FEW = {"num_hidden_layers": 1}  # the usual number takes long to make
 BASE = {  # a CLIP of the usual sizes
     "model_type": "clip",
     "text_config": {"model_type": "clip_text_model"},
@@ -65,10 +66,13 @@ def parameters(module: nnx.Module):
 def test_values_left_out_are_the_usual_ones(tmp_path):
     found = read_blip2_vision(folder_of("blip2", tmp_path / "blip2", BLIP2))
     assert (found["image_size"], found["patch_size"], found["hidden_size"], found["num_hidden_layers"]) == (224, 14, 1408, 39)
-    refused(load_blip2_vision, tmp_path / "blip2", r"patches/kernel \(14, 14, 3, 1408\)")  # and only the weights are too small
+    few = BLIP2 | {"vision_config": BLIP2["vision_config"] | FEW}
+    small = folder_of("blip2", tmp_path / "small", few)
+    refused(load_blip2_vision, small, r"patches/kernel \(14, 14, 3, 1408\)")  # only the weights are too small
     clip = folder_of("clip", tmp_path / "clip", BASE)
     tower = Tower(side=224, patch=32, width=768, hidden=3072, depth=12, heads=12, embedding=512)
     assert read_sizes(str(clip)) == tower
+    folder_of("clip", clip, BASE | {name: BASE[name] | FEW for name in ("text_config", "vision_config")})
     refused(load_clip, clip, r"text/embedding \(49408, 512\)")
     refused(load_clip_vision, clip, r"patches/kernel \(32, 32, 3, 768\)")
     for kind in ("clip", "blip2"):
@@ -105,9 +109,10 @@ def test_folders_of_other_networks_are_told(kind, tmp_path):
     for other in ("clip", "blip2", "llama", "t5"):
         if other != kind and (kind, other) != ("vision", "clip"):
             refused(LOAD[kind], folder_of(other, tmp_path / other, config_of(other)), "not supported: .*model_type='")
-            cfg = {name: value for name, value in config_of(other).items() if name != "model_type"}
+            cfg = {name: value for name, value in config_of(other).items() if name != "model_type"} | FEW
             refused(LOAD[kind], folder_of(other, tmp_path / other, cfg), "not supported: |the weights do not fit: ")
-    for damaged in ([1], {}, {"format": "mmdiff", "tokens": 8}, {"vision_config": None, "text_config": [], "d_model": "16"}):
+    without = {"vision_config": None, "text_config": [], "d_model": "16"}
+    for damaged in ([1], FEW, FEW | {"format": "mmdiff", "tokens": 8}, without):
         refused(
             LOAD[kind], folder_of("llama", tmp_path / "llama", damaged), "config.json(: not| holds no)|the weights do not fit"
         )
