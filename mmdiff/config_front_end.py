@@ -39,7 +39,8 @@ class FrontEnd:
     tower: Tower = dataclasses.field(default_factory=Tower)
     """Sizes of the tower, those of the config.json in `encoder`: written here, so that a plan of a run needs no weights."""
     skipped: int = 1
-    """Last layers of the tower that are not read: 1 is the hidden state -2 that LLaVA reads."""
+    """Last layers of the tower that are not read: 1 is the hidden state -2 that LLaVA reads. BLIP-2 reads all of its tower,
+    which has lost its last layer already: 0."""
     frozen: bool = True
     """The tower is never trained."""
     tokens: int = 0

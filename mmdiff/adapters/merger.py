@@ -3,9 +3,9 @@
     k = keep(selector(f));   v = merger(f, k) W where k = 1, in order, and a learned blank behind the last of them
 
 f are the tower's features. Tower and selector are the tokenizer's and stay as they are; the merger is a copy of its own, which
-learns with the model, as LaVIT's does (mmdiff/tokenizers/lavit.py says what it computes). Of its likelier choices K at most are
-taken; with as many positions as patches none is lost. An image always has K positions, the last of them blanks: LaVIT's have
-as many as are kept.
+learns with the model, as LaVIT's does (mmdiff/tokenizers/lavit.py says what it computes). What is likelier kept than not is
+kept, of more than K the likeliest K; with as many positions as patches none is lost. An image always has K positions, the last
+of them blanks: LaVIT's have as many as are kept.
 
 Source: Jin et al., LaVIT, arXiv 2309.04669. Letters: n images, t patches of the tower, f its width, k positions of an image, d
 the model's width.
@@ -38,10 +38,11 @@ class SelectingTower(VisionTower):
         super().__init__(vision_config(sizes), rngs, patch_bias=False, first_norm=True)
         self.selector = Selector(sizes.width, rngs)
 
-    def keep(self, features: jax.Array) -> jax.Array:
-        """0 or 1 for each patch, float32 [n, t], of features [n, 1 + t, f]."""
+    def keep(self, features: jax.Array, most: int) -> jax.Array:
+        """0 or 1 for each patch, float32 [n, t], of features [n, 1 + t, f]; at most `most` of an image, the likeliest."""
         choice = self.selector(features[:, 1:].astype(jnp.float32))
-        return at_least_one(kept(choice, None), choice)
+        rank = jnp.argsort(jnp.argsort(-choice[..., 0], axis=-1), axis=-1)
+        return at_least_one(kept(choice, None), choice) * (rank < most)
 
 
 class MergerAdapter(Adapter):
@@ -61,7 +62,7 @@ class MergerAdapter(Adapter):
 
     def see(self, features: jax.Array, tower: Any) -> jax.Array:
         """Features [n, 1 + t, f] of a `SelectingTower` to [n, k, d]."""
-        packed = self.merger.packed(features[:, 1:], tower.keep(features), self.tokens)
+        packed = self.merger.packed(features[:, 1:], tower.keep(features, self.tokens), self.tokens)
         x = self.out(packed.x.astype(features.dtype))
         return jnp.where(packed.filled[..., None], x, self.blank[...].astype(x.dtype))
 

@@ -11,6 +11,7 @@ import pytest
 
 import mmdiff
 from mmdiff.adapters.folders import front_end_parameters
+from mmdiff.adapters.front_end import look
 from mmdiff.cli.main import main
 from mmdiff.config import Config, ConfigError, Data, FrontEnd, Layout, Model, Optimizer, Sampling, Training
 from mmdiff.config_files import replaced
@@ -225,6 +226,18 @@ def test_a_model_may_read_the_merged_features_before_they_are_quantised(run, fol
         np.testing.assert_allclose(one[:count], merged_ones[kept_ones] @ kernel + zero, atol=1e-3)
         np.testing.assert_array_equal(one[count:], np.broadcast_to(blank, (COUNT - count, 32)))
     assert "selector" in given["tower"] and network.frozen == ("tower",)
+
+    def kept(most):
+        module = network.bind(params)
+        features = look(module.tower, images, front)
+        return np.asarray(module.tower.keep(features, most)), np.asarray(module.tower.selector(features[:, 1:]))[..., 0]
+
+    every, chance = kept(COUNT)
+    few, _ = kept(3)
+    np.testing.assert_array_equal(every, keep)
+    likeliest = chance >= np.sort(chance, axis=-1)[:, -3:][:, :1]
+    np.testing.assert_array_equal(few, keep * likeliest)
+    assert (few.sum(-1) < keep.sum(-1)).any()
 
     def refused(told, **changes):
         with pytest.raises(ConfigError, match=told):
